@@ -1,0 +1,231 @@
+//! The command line: words that virsh, QEMU and ch-remote users already type.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vmferry_guest::GuestSpec;
+
+use crate::endpoint::Endpoint;
+use crate::quantity::{Bandwidth, CpuList, LaneCount};
+
+/// Moves running virtual machines between hosts.
+#[derive(Debug, Parser)]
+#[command(name = "vmferry", version, about, after_help = "Exit codes: 'vmferry exit-codes'. Logs: VMFERRY_LOG=debug.")]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Move a running guest to a target where 'vmferry receive' waits.
+    Send(SendArgs),
+    /// Wait for one guest and run it here.
+    Receive(ReceiveArgs),
+    /// Make or inspect the keys that protect a move.
+    #[command(subcommand)]
+    Keys(KeysVerb),
+    /// Show the main job on this machine: two QEMUs where installed, else two workload processes.
+    Demo(DemoArgs),
+    /// Show what this host offers and what vmferry will use.
+    Doctor(DoctorArgs),
+    /// Run the embedded guest: a process with seeded writers that proves its own memory.
+    Workload(vmferry_guest::process::WorkloadArgs),
+    /// Print the table of exit codes.
+    ExitCodes,
+    /// Brings a source guest back when its sender dies; started by 'send'.
+    #[command(hide = true)]
+    Guardian(GuardianArgs),
+}
+
+/// `vmferry keys …`
+#[derive(Debug, Subcommand)]
+pub enum KeysVerb {
+    /// Make a CA (or use the one in DIR) and a host's certificates, under QEMU's file names.
+    Init(KeysInitArgs),
+}
+
+/// `vmferry keys init`
+#[derive(Debug, Args)]
+pub struct KeysInitArgs {
+    /// Directory for the files; made when missing.
+    #[arg(long, value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Name or address that peers connect to; may be given more than once.
+    #[arg(long = "host", value_name = "NAME", required = true)]
+    pub hosts: Vec<String>,
+}
+
+/// How both sides protect the move.
+#[derive(Debug, Clone, Args)]
+pub struct SecurityArgs {
+    /// Directory with ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem, client-key.pem ('vmferry keys init').
+    #[arg(long, value_name = "DIR", required_unless_present = "insecure_plaintext")]
+    pub tls_dir: Option<PathBuf>,
+    /// No encryption and no authentication; must be given on both sides.
+    #[arg(long, conflicts_with = "tls_dir")]
+    pub insecure_plaintext: bool,
+}
+
+/// `vmferry send`
+#[derive(Debug, Clone, Args)]
+pub struct SendArgs {
+    /// The guest to move: qemu:PATH of its QMP socket, or process:NAME.
+    #[arg(long, value_name = "GUEST")]
+    pub guest: GuestSpec,
+    /// Where 'vmferry receive' listens: tcp://HOST:PORT.
+    #[arg(long, value_name = "URI")]
+    pub to: Endpoint,
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// Name that the target's certificate must carry, where it is not the host in --to.
+    #[arg(long, value_name = "NAME")]
+    pub tls_hostname: Option<String>,
+    /// Longest blackout that is acceptable: the switchover waits until the predicted upper bound fits.
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = humantime::parse_duration)]
+    pub downtime_limit: Duration,
+    /// What to do when the guest dirties memory faster than the limit allows.
+    #[arg(long, value_enum, default_value_t = NoConverge::Abort)]
+    pub on_no_converge: NoConverge,
+    /// Lanes (pinned threads with one connection each): auto or a number.
+    #[arg(long, value_name = "auto|N", default_value = "auto", alias = "parallel-connections", alias = "connections")]
+    pub lanes: LaneCount,
+    /// CPUs that lanes may be pinned to.
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
+    /// Cap on the bytes a second of all lanes together: 10Gbit, 500MB, or a plain number of MiB/s.
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth: Option<Bandwidth>,
+    /// Give up, and let the guest run on here, after this time.
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = humantime::parse_duration)]
+    pub timeout: Duration,
+    /// Compress pages: off, zstd, or auto (on where a measurement of this link says it pays).
+    #[arg(long, value_enum, default_value_t = Compress::Off)]
+    pub compress: Compress,
+    /// Compare a digest of all memory on both sides inside the blackout; the move ends when they differ.
+    #[arg(long)]
+    pub verify: bool,
+    /// One JSON object as the last line of stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vmferry receive`
+#[derive(Debug, Clone, Args)]
+pub struct ReceiveArgs {
+    /// Address to listen on: tcp://HOST:PORT.
+    #[arg(long, value_name = "URI")]
+    pub listen: Endpoint,
+    /// The guest that waits for the state: qemu:PATH of its QMP socket (started with -incoming defer), or process:NAME.
+    #[arg(long, value_name = "GUEST")]
+    pub guest: GuestSpec,
+    #[command(flatten)]
+    pub security: SecurityArgs,
+    /// CPUs that lanes may be pinned to.
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<CpuList>,
+    /// Give up when no move has begun after this time (default: wait for ever).
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub timeout: Option<Duration>,
+    /// One JSON object as the last line of stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--on-no-converge`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum NoConverge {
+    /// Stop, say why and what would help; the source runs on.
+    Abort,
+    /// Slow the guest down in steps until it fits.
+    Throttle,
+    /// Switch over although the blackout will be longer than the limit.
+    Force,
+}
+
+/// `--compress`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Compress {
+    /// As they are.
+    #[value(alias = "none")]
+    Off,
+    /// zstd where this link is slower than zstd on a core.
+    Auto,
+    /// zstd always.
+    Zstd,
+}
+
+/// `vmferry demo`
+#[derive(Debug, Clone, Args)]
+pub struct DemoArgs {
+    /// Guest memory.
+    #[arg(long, value_name = "BYTES", default_value = "512MiB")]
+    pub ram: bytesize::ByteSize,
+    /// Which guests: auto takes QEMU where it and a guest kernel are installed.
+    #[arg(long, value_enum, default_value_t = DemoGuests::Auto)]
+    pub guests: DemoGuests,
+    /// One JSON object as the last line of stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--guests`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DemoGuests {
+    /// QEMU where possible, else processes.
+    Auto,
+    /// Two QEMUs with a Linux guest.
+    Qemu,
+    /// Two workload processes.
+    Process,
+}
+
+/// `vmferry doctor`
+#[derive(Debug, Clone, Args)]
+pub struct DoctorArgs {
+    /// One JSON object as the last line of stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vmferry guardian`
+#[derive(Debug, Clone, Args)]
+pub struct GuardianArgs {
+    /// The guest to bring back.
+    #[arg(long)]
+    pub guest: GuestSpec,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_documented_lines_parse() {
+        for line in [
+            "vmferry keys init --dir pki --host 127.0.0.1",
+            "vmferry receive --listen tcp://127.0.0.1:7700 --guest qemu:/run/b.qmp --tls-dir pki --json",
+            "vmferry send --guest qemu:/run/a.qmp --to tcp://127.0.0.1:7700 --tls-dir pki --downtime-limit 300ms --lanes auto --cpus 0-1 --bandwidth 10Gbit --timeout 10min --compress off --verify --json",
+            "vmferry send --guest process:a --to tcp://127.0.0.1:7700 --insecure-plaintext --on-no-converge throttle",
+            "vmferry demo",
+            "vmferry doctor",
+        ] {
+            Cli::try_parse_from(line.split(' ')).unwrap_or_else(|e| panic!("{line}: {e}"));
+        }
+    }
+
+    #[test]
+    fn plaintext_is_never_a_default() {
+        let line = "vmferry send --guest process:a --to tcp://127.0.0.1:7700";
+        assert!(Cli::try_parse_from(line.split(' ')).is_err());
+    }
+}
