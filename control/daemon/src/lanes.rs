@@ -1,0 +1,122 @@
+//! Opening the lanes of one attempt: how many, on which CPUs, with which keys.
+
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::RecvTimeoutError;
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+use vmferry_datapath::{LaneEnd, TcpLink};
+use vmferry_session::AttemptId;
+
+use crate::channel::{ControlChannel, dial};
+use crate::door::{Arrival, Door, LaneHello};
+use crate::endpoint::Endpoint;
+use crate::failure::Failure;
+use crate::quantity::{CpuList, LaneCount};
+
+/// `--lanes auto` never opens more: past eight lanes a loopback or a 100 Gbit/s link gains nothing that was measured.
+const LANES_AUTO_MAX: usize = 8;
+/// All lanes must have arrived this long after the target agreed to them.
+pub const LANES_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Which end of the CPU list lanes are taken from. On one host both sides run, so they start from opposite ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PinFrom {
+    /// The source: the lowest CPU first.
+    Low,
+    /// The target: the highest CPU first.
+    High,
+}
+
+/// CPUs that lanes of this process may be pinned to, in the order in which they are taken.
+pub fn lane_cpus(asked: Option<&CpuList>, from: PinFrom) -> Result<Vec<usize>, Failure> {
+    let allowed = allowed_cpus();
+    let mut cpus = match asked {
+        None => allowed,
+        Some(list) => {
+            if let Some(missing) = list.0.iter().find(|cpu| !allowed.contains(cpu)) {
+                return Err(Failure::Refused(format!(
+                    "--cpus names CPU {missing}, which this process may not use: choose among {allowed:?}"
+                )));
+            }
+            list.0.clone()
+        }
+    };
+    if from == PinFrom::High {
+        cpus.reverse();
+    }
+    Ok(cpus)
+}
+
+fn allowed_cpus() -> Vec<usize> {
+    let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_else(|_| CpuSet::new());
+    (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect()
+}
+
+/// How many lanes to offer.
+#[must_use]
+pub fn lane_count(asked: LaneCount, cpus: &[usize]) -> u16 {
+    match asked {
+        LaneCount::Exactly(lanes) => lanes,
+        LaneCount::Auto => u16::try_from(cpus.len().clamp(1, LANES_AUTO_MAX)).unwrap_or(1),
+    }
+}
+
+fn lane_end(channel: &ControlChannel, attempt: &AttemptId, lane: u16, stream: TcpStream, cpus: &[usize]) -> Result<LaneEnd, Failure> {
+    let link = TcpLink::new(stream).map_err(|e| Failure::Permission(format!("lane {lane} could not set up io_uring: {e}; see 'vmferry doctor'")))?;
+    let cpu = (!cpus.is_empty()).then(|| cpus[usize::from(lane) % cpus.len()]);
+    Ok(LaneEnd { link: Box::new(link), keys: channel.lane_keys(attempt, lane)?, cpu })
+}
+
+/// Dials every lane of `attempt` and says hello on each.
+pub fn open(channel: &ControlChannel, endpoint: &Endpoint, attempt: &AttemptId, lanes: u16, cpus: &[usize]) -> Result<Vec<LaneEnd>, Failure> {
+    let address = endpoint.resolve()?;
+    (0..lanes)
+        .map(|lane| {
+            let mut stream = dial(address, endpoint)?;
+            let hello = LaneHello { attempt: *attempt, lane };
+            std::io::Write::write_all(&mut stream, &hello.to_bytes())
+                .and_then(|()| stream.set_read_timeout(None))
+                .and_then(|()| stream.set_write_timeout(None))
+                .map_err(|e| Failure::Unavailable(format!("lane {lane} to {endpoint} was lost at once: {e}")))?;
+            lane_end(channel, attempt, lane, stream, cpus)
+        })
+        .collect()
+}
+
+/// Waits until every lane of `attempt` has arrived; lanes of other attempts are dropped, control connections handed to `other`.
+pub fn gather(
+    door: &Door,
+    channel: &ControlChannel,
+    attempt: &AttemptId,
+    lanes: u16,
+    cpus: &[usize],
+    mut other: impl FnMut(ControlChannel),
+) -> Result<Vec<LaneEnd>, Failure> {
+    #[expect(clippy::disallowed_methods, reason = "a driver's deadline on real connections")]
+    let deadline = Instant::now() + LANES_TIMEOUT;
+    let mut streams: Vec<Option<TcpStream>> = (0..lanes).map(|_| None).collect();
+    while streams.iter().any(Option::is_none) {
+        match door.arrivals().recv_deadline(deadline) {
+            Ok(Arrival::Lane(hello, stream)) if hello.attempt == *attempt => {
+                match streams.get_mut(usize::from(hello.lane)) {
+                    Some(place @ None) => *place = Some(stream),
+                    // The first one holds the place: a second hello for it is not the source's.
+                    Some(Some(_)) | None => tracing::warn!(lane = hello.lane, "a lane arrived twice or was not agreed on: dropped"),
+                }
+            }
+            Ok(Arrival::Lane(hello, _)) => tracing::warn!(lane = hello.lane, "a lane of another attempt: dropped"),
+            Ok(Arrival::Control(channel)) => other(channel),
+            Err(RecvTimeoutError::Timeout) => {
+                return Err(Failure::Unavailable(format!(
+                    "not all of the {lanes} lanes arrived within {} s: is a firewall counting connections?",
+                    LANES_TIMEOUT.as_secs()
+                )));
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err(Failure::Bug("the door closed while lanes were awaited".into())),
+        }
+    }
+    let lanes = streams.into_iter().flatten().zip(0u16..);
+    lanes.map(|(stream, lane)| lane_end(channel, attempt, lane, stream, cpus)).collect()
+}
