@@ -1,0 +1,36 @@
+//! What the guest's init answers on its console: one line, `vmferry: ok {json}` or `vmferry: error text`.
+
+use serde::{Deserialize, Serialize};
+
+/// Marks the init's own lines among the kernel's.
+pub const ANSWER_PREFIX: &str = "vmferry: ";
+
+/// The guest's view of itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStatus {
+    /// The workload, as a plan prints itself.
+    pub plan: String,
+    /// False while the writers are stopped by command.
+    pub writing: bool,
+    /// Page writes so far.
+    pub writes: u64,
+    /// Pages verified in the background so far.
+    pub verified: u64,
+    /// Of those, wrong ones.
+    pub wrong: u64,
+    /// Blocks read from the disk with O_DIRECT so far.
+    pub disk_reads: u64,
+    /// Of those, wrong ones.
+    pub disk_wrong: u64,
+    /// Heart beats so far.
+    pub beats: u64,
+    /// The guest's monotonic clock.
+    pub uptime_ms: u64,
+}
+
+/// The longest time between two heart beats by the guest's own clock, since it was last asked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestGap {
+    /// In microseconds.
+    pub gap_us: u64,
+}

@@ -1,0 +1,79 @@
+//! Where QEMU, the guest kernel and the guest's init are.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use crate::RigError;
+
+/// The guest's init, a binary of this crate.
+const INIT_NAME: &str = "vmferry-guest-init";
+/// What `scripts/setup` unpacks beside the kernel, in the order in which it must be loaded.
+const MODULES: [&str; 6] =
+    ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
+
+/// All that it takes to boot a guest.
+#[derive(Debug, Clone)]
+pub struct Assets {
+    /// `qemu-system-x86_64`.
+    pub qemu: PathBuf,
+    /// A Linux kernel image.
+    pub kernel: PathBuf,
+    /// Kernel modules for a virtio disk, in load order; empty where the kernel has none.
+    pub modules: Vec<PathBuf>,
+    /// The init program that runs the workload.
+    pub init: PathBuf,
+}
+
+impl Assets {
+    /// Looks for everything; the error says what is missing and how to get it.
+    pub fn find() -> Result<Self, RigError> {
+        let qemu = find_qemu()?;
+        let folder = cache_folder().join("guest");
+        let kernel = folder.join("vmlinuz");
+        if !kernel.is_file() {
+            let fix =
+                "no guest kernel in the cache: run 'scripts/setup', or set VMFERRY_CACHE to where it ran";
+            return Err(RigError::Missing(fix.to_owned()));
+        }
+        let modules = MODULES.iter().map(|name| folder.join(format!("modules/{name}.ko")));
+        let modules = modules.filter(|path| path.is_file()).collect();
+        Ok(Self { qemu, kernel, modules, init: find_init()? })
+    }
+}
+
+fn find_qemu() -> Result<PathBuf, RigError> {
+    let given = std::env::var_os("VMFERRY_QEMU").map(PathBuf::from);
+    given.or_else(|| in_path(OsStr::new("qemu-system-x86_64"))).ok_or_else(|| {
+        RigError::Missing(
+            "qemu-system-x86_64 is not installed: run 'scripts/setup', or set VMFERRY_QEMU".to_owned(),
+        )
+    })
+}
+
+fn in_path(name: &OsStr) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
+}
+
+fn cache_folder() -> PathBuf {
+    let given = std::env::var_os("VMFERRY_CACHE").map(PathBuf::from);
+    given
+        .unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/vmferry"))
+}
+
+/// Next to the running program, one folder up (a test lies in `deps`), or in the workspace's target folder.
+fn find_init() -> Result<PathBuf, RigError> {
+    if let Some(given) = std::env::var_os("VMFERRY_GUEST_INIT") {
+        return Ok(PathBuf::from(given));
+    }
+    let program = std::env::current_exe().unwrap_or_default();
+    let beside = program.ancestors().skip(1).take(2).map(Path::to_path_buf);
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target");
+    let built = ["release", "debug"].map(|profile| workspace.join(profile));
+    let found = beside.chain(built).map(|folder| folder.join(INIT_NAME)).find(|file| file.is_file());
+    found.ok_or_else(|| {
+        let fix =
+            "the guest's init is not built: run 'cargo build -p vmferry-rig', or set VMFERRY_GUEST_INIT";
+        RigError::Missing(fix.to_owned())
+    })
+}
