@@ -1,1 +1,20 @@
-//! placeholder
+//! Adapters to guests: they pause, save, load and resume a guest, and say who writes its memory; they move no page.
+//!
+//! ```text
+//!   session driver ──► SourceGuest / TargetGuest ──┬─ qemu: QMP, any running and unmodified QEMU
+//!                            │                     └─ process: the embedded workload
+//!                            └─ attach: dirty tracking from outside, for both
+//! ```
+
+pub mod attach;
+mod error;
+mod guest;
+mod open;
+pub mod process;
+pub mod qemu;
+mod spec;
+
+pub use error::{Blame, GuestError};
+pub use guest::{Description, SourceGuest, TargetGuest};
+pub use open::{open_source, open_target, rescue};
+pub use spec::GuestSpec;

@@ -1,0 +1,77 @@
+//! What every guest can do, whatever runs it.
+//!
+//! Source and target are two traits: no method of one side exists on the other, so a driver cannot resume a target
+//! or load state into a source. What must never happen: `resume` or `run` on both sides of one move. The order is
+//! the session's business; these traits only make each step possible, and make every step before Commit undoable.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use vmferry_datapath::{ByteLen, DirtyLog, GuestRam, PageSet, RamLayout};
+
+use crate::GuestError;
+
+/// What negotiation has to know about a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Description {
+    /// The adapter: `qemu` or `process`.
+    pub kind: String,
+    /// The guest's own name, for people.
+    pub name: String,
+    /// What both sides must have in common: machine, cpus, cpu model…
+    pub facts: BTreeMap<String, String>,
+    /// The RAM blocks whose pages the lanes carry.
+    pub layout: RamLayout,
+    /// What an operator should know: the VMM's version, blocks that travel in the device state, fallbacks in use.
+    pub notes: Vec<String>,
+}
+
+/// A guest that runs here and is to run elsewhere.
+pub trait SourceGuest: Send {
+    /// What it is.
+    fn description(&self) -> &Description;
+    /// Its memory, mapped for reading.
+    fn ram(&self) -> Arc<GuestRam>;
+    /// Starts to track every writer. The first harvest of the log returns every page that is not known to be clean.
+    /// Writers that cannot be tracked are in [`SourceGuest::pinned`] afterwards. Dropping the log ends the tracking.
+    fn attach(&mut self) -> Result<Box<dyn DirtyLog>, GuestError>;
+    /// Pages that no tracker covers: they travel after the guest was paused.
+    fn pinned(&self) -> PageSet;
+    /// Block nodes with O_DIRECT: their reads are written into guest memory after the dirty bit was seen.
+    fn direct_io_nodes(&self) -> &[String];
+    /// Writers that appeared after [`SourceGuest::attach`], by name; checked again in the blackout. Their pages are
+    /// in [`SourceGuest::pinned`] from then on.
+    fn new_writers(&mut self) -> Result<Vec<String>, GuestError>;
+    /// Stops the guest; after this nobody writes its memory.
+    fn pause(&mut self) -> Result<(), GuestError>;
+    /// Writes the device state of the paused guest.
+    fn save_state(&mut self, into: &mut dyn Write) -> Result<ByteLen, GuestError>;
+    /// Undoes `pause` and `save_state`, finished or not. Never called after Commit. A guest that its owner had
+    /// paused before the move stays paused.
+    fn resume(&mut self) -> Result<(), GuestError>;
+    /// Takes `percent` of the guest's CPU time away; 0 gives all of it back.
+    fn set_throttle(&mut self, percent: u8) -> Result<(), GuestError>;
+    /// Leaves no trace in the VMM: throttle lifted, capabilities as before. Any number of times.
+    fn detach(&mut self);
+    /// After Commit: ends the source VMM.
+    fn retire(&mut self) -> Result<(), GuestError>;
+}
+
+/// A VMM that waits here for a guest.
+pub trait TargetGuest: Send {
+    /// What it is.
+    fn description(&self) -> &Description;
+    /// Its memory, mapped for writing.
+    fn ram(&self) -> Arc<GuestRam>;
+    /// Makes the VMM ready to receive and clears its RAM.
+    fn prepare(&mut self) -> Result<(), GuestError>;
+    /// Feeds device state to the VMM. Returns when it holds all of it and the guest is paused.
+    fn load_state(&mut self, from: &mut dyn Read) -> Result<ByteLen, GuestError>;
+    /// After Commit only: the guest runs here. One that was paused by its owner on the source stays paused.
+    fn run(&mut self) -> Result<(), GuestError>;
+    /// Tears down what was received; the VMM may be ended by it.
+    fn discard(&mut self);
+}
