@@ -1,18 +1,59 @@
 //! The embedded guest: a workload process over a memfd, which needs neither KVM nor QEMU.
+//!
+//! ```text
+//!   vmferry workload --name a             vmferry send --guest process:a
+//!     crew: writer threads ──► memfd ◄─── mapped, tracked from outside like a QEMU's RAM
+//!     server ◄──── control socket ─────── pause, save, resume, quit
+//! ```
+//!
+//! Its registers (the version of every page) are its device state, so after a move it proves by itself that no page
+//! is stale, torn or lost. What must never happen: a page written while the workload says that it is paused.
+
+mod args;
+mod client;
+mod crew;
+mod machine;
+mod server;
+mod source;
+mod state;
+mod target;
+mod wire;
+
+use std::path::PathBuf;
+
+pub use args::WorkloadArgs;
+pub use client::WorkloadControl;
+pub use server::run;
+pub use wire::{Phase, WorkloadStatus};
 
 use crate::{GuestError, SourceGuest, TargetGuest};
 
 /// Opens a workload that runs here.
 pub(crate) fn open_source(name: &str) -> Result<Box<dyn SourceGuest>, GuestError> {
-    Err(GuestError::Bug(format!("no process guest yet: {name}")))
+    Ok(Box::new(source::ProcessSource::open(name)?))
 }
 
 /// Opens a workload that waits for its memory.
 pub(crate) fn open_target(name: &str) -> Result<Box<dyn TargetGuest>, GuestError> {
-    Err(GuestError::Bug(format!("no process guest yet: {name}")))
+    Ok(Box::new(target::ProcessTarget::open(name)?))
 }
 
 /// Makes a workload run again after its sender died.
 pub(crate) fn rescue(name: &str) -> Result<(), GuestError> {
-    Err(GuestError::Bug(format!("no process guest yet: {name}")))
+    let mut control = WorkloadControl::connect(name)?;
+    control.throttle(0)?;
+    control.resume()
+}
+
+/// Where the workload `name` listens: `$XDG_RUNTIME_DIR` or `/tmp`, then `vmferry-UID/NAME.sock`.
+pub fn socket_path(name: &str) -> Result<PathBuf, GuestError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > 48 || name.starts_with('.') || !name.chars().all(plain) {
+        return Err(GuestError::mistake(format!(
+            "'{name}' cannot be a workload's name: use up to 48 letters, digits, '-', '_' or '.'"
+        )));
+    }
+    let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from("/tmp"), PathBuf::from);
+    let user = rustix::process::getuid().as_raw();
+    Ok(base.join(format!("vmferry-{user}")).join(format!("{name}.sock")))
 }

@@ -46,12 +46,13 @@ impl MappedPages {
         Self::own(address.cast(), pages)
     }
 
-    /// The first `pages` pages of `file`, shared with every other process that maps it.
-    pub fn shared(file: impl AsFd, pages: usize) -> rustix::io::Result<Self> {
+    /// `pages` pages of `file` from page `first` on, shared with every other process that maps it.
+    pub fn shared(file: impl AsFd, first: u64, pages: usize) -> rustix::io::Result<Self> {
         let len = pages.checked_mul(PAGE_BYTES).ok_or(rustix::io::Errno::OVERFLOW)?;
         let access = ProtFlags::READ | ProtFlags::WRITE;
+        let offset = first.checked_mul(PAGE_BYTES as u64).ok_or(rustix::io::Errno::OVERFLOW)?;
         // SAFETY: a fresh shared mapping at an address of the kernel's choice touches nothing that exists.
-        let address = unsafe { mmap(std::ptr::null_mut(), len, access, MapFlags::SHARED, file, 0) }?;
+        let address = unsafe { mmap(std::ptr::null_mut(), len, access, MapFlags::SHARED, file, offset) }?;
         Self::own(address.cast(), pages)
     }
 

@@ -117,6 +117,22 @@ impl Plan {
         Ok(())
     }
 
+    /// The same work done by `writers`: pages, working set and rate are shared, each has a seed of its own.
+    pub fn shared_among(&self, writers: u64) -> Result<Vec<Self>, PlanError> {
+        let writers = writers.clamp(1, self.pages);
+        let share = |whole: u64, writer: u64| whole * (writer + 1) / writers - whole * writer / writers;
+        let plans = (0..writers).map(|writer| {
+            let pages = share(self.pages, writer);
+            let rate = match self.rate {
+                Rate::PagesPerSecond(rate) => Rate::PagesPerSecond(share(rate, writer)),
+                Rate::Max => Rate::Max,
+            };
+            let working_set = share(self.working_set, writer).clamp(1, pages);
+            Self { seed: self.seed.wrapping_add(writer), pages, working_set, rate, ..self.clone() }.checked()
+        });
+        plans.collect()
+    }
+
     /// Refuses what cannot be carried out.
     pub fn checked(self) -> Result<Self, PlanError> {
         if !(1..=PAGES_MAX).contains(&self.pages) {
@@ -214,6 +230,15 @@ mod tests {
         let plan: Plan = "seed=9,pages=512,set=64,pattern=zipf-hot,rate=2MiB,zero=250".parse().unwrap();
         assert_eq!(plan.rate, Rate::PagesPerSecond(512));
         assert_eq!(plan.to_string().parse::<Plan>().unwrap(), plan);
+    }
+
+    #[test]
+    fn shares_add_up_to_the_whole() {
+        let plan: Plan = "pages=1001,set=10,rate=100".parse().unwrap();
+        let plans = plan.shared_among(3).unwrap();
+        assert_eq!(plans.iter().map(|plan| plan.pages).sum::<u64>(), 1001);
+        assert_eq!(plans.iter().map(|plan| plan.working_set).sum::<u64>(), 10);
+        assert_eq!(plans[2].seed, plan.seed + 2);
     }
 
     #[test]
