@@ -24,6 +24,8 @@ pub mod page_set;
 pub mod receive;
 pub mod seal;
 pub mod send;
+#[cfg(test)]
+mod testing;
 
 pub use digest::{BlockDigest, RamDigest};
 pub use dirty::combined::CombinedLog;
