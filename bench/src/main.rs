@@ -1,1 +1,59 @@
-fn main(){}
+//! The bench measures and asserts nothing: a figure is printed with its spread, and judged by the reader.
+//!
+//! ```text
+//!   page, seal, link      one lane against the raw cost of its parts
+//!   migrate               the same guest moved by QEMU and by vmferry
+//!   downtime              many moves there and back: histograms, plot, calibration of the prediction
+//!   growth                time against guest size
+//! ```
+
+mod cpu;
+mod ferry;
+mod guest;
+mod measure;
+mod migrate;
+mod output;
+mod qemu_move;
+mod scenario;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::output::Output;
+
+/// Measures vmferry on this machine. Every run is bounded in time; --quick makes it small.
+#[derive(Debug, Parser)]
+#[command(name = "vmferry-bench", version)]
+struct Cli {
+    /// One JSON object as the last line of stdout.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Few and small runs: says that the bench works, not how fast vmferry is.
+    #[arg(long, global = true)]
+    quick: bool,
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// The same guest moved by QEMU (plain, multifd, multifd with TLS) and by vmferry.
+    Migrate(migrate::MigrateArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut output = Output::new(cli.json);
+    let done = match &cli.what {
+        What::Migrate(args) => migrate::run(args, cli.quick, &mut output),
+    };
+    output.finish();
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmferry-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
