@@ -12,9 +12,27 @@
 //! included, restores and detaches; and the injection runs in a process of its own, so that a `kill -9` of vmferry
 //! cannot fall into the middle of it.
 
-use vmferry_datapath::{DirtyLog, PageIndex, PageSet, RamLayout};
+mod halt;
+mod helper;
+mod inject;
+mod kernel;
+pub(crate) mod maps;
+mod refusal;
+mod tracee;
+mod writers;
+
+use std::fs::{File, OpenOptions};
+
+use vmferry_datapath::{
+    CombinedLog, DirtyLog, PageIndex, PageSet, PagemapLog, RamLayout, SoftDirtyLog, WatchedArea,
+};
+
+pub use kernel::kernel_support;
 
 use crate::GuestError;
+use halt::ThreadHalt;
+use inject::InjectFault;
+use writers::{Writer, add_pages};
 
 /// A file, whatever it is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -40,14 +58,17 @@ pub struct BlockPlace {
 
 /// Tracking as it was begun.
 pub struct Tracked {
-    /// The dirty pages of all tracked processes.
+    /// The dirty pages of all tracked processes. Dropping it ends the tracking.
     pub log: Box<dyn DirtyLog>,
     /// Who writes, and what of it is not covered.
     pub watch: Watch,
 }
 
 /// Knows the writers of a guest's memory.
+#[derive(Clone, Debug)]
 pub struct Watch {
+    blocks: Vec<BlockPlace>,
+    known: Vec<Writer>,
     pinned: PageSet,
     notes: Vec<String>,
 }
@@ -67,17 +88,126 @@ impl Watch {
 
     /// Looks again: the names of writers that appeared since. Their pages are pinned from now on.
     pub fn new_writers(&mut self) -> Result<Vec<String>, GuestError> {
-        Ok(Vec::new())
+        let (writers, _) = look_everywhere(&self.blocks)?;
+        let mut names = Vec::new();
+        for now in writers {
+            let known = self.known.iter_mut().find(|known| known.process == now.process);
+            let news = known.as_ref().map_or_else(|| now.areas.clone(), |known| known.lacks(&now));
+            if news.is_empty() {
+                continue;
+            }
+            add_pages(&news, &mut self.pinned);
+            names.push(now.name());
+            match known {
+                Some(known) => known.areas.extend(news),
+                None => self.known.push(now),
+            }
+        }
+        Ok(names)
     }
 }
 
-/// Tracks every process that maps `blocks` for writing; `vmm` must be among them and must be trackable.
+/// Tracks every process that maps `blocks` for writing; `vmm` must be among them and must be trackable. Another
+/// process that cannot be tracked is noted and its pages are pinned.
 pub fn track(vmm: i32, layout: &RamLayout, blocks: &[BlockPlace]) -> Result<Tracked, GuestError> {
-    let _ = (vmm, layout, blocks);
-    Err(GuestError::Bug("attach::track is not there yet".into()))
+    let method = Method::choose()?;
+    let (writers, hidden) = look_everywhere(blocks)?;
+    if !writers.iter().any(|writer| writer.process == vmm) {
+        return Err(GuestError::misbehaved(format!(
+            "{} no longer maps the guest's memory for writing; it ended, or changed its memory",
+            writers::process_name(vmm)
+        )));
+    }
+    let mut watch = Watch {
+        blocks: blocks.to_vec(),
+        known: writers,
+        pinned: PageSet::new(layout),
+        notes: method.notes(),
+    };
+    if hidden > 0 {
+        watch.notes.push(format!(
+            "{hidden} processes of other users could not be looked at; run vmferry as root to be sure that none of \
+             them writes the guest's memory"
+        ));
+    }
+    let mut logs = Vec::new();
+    for writer in &watch.known {
+        match method.track(writer) {
+            Ok(log) => logs.push(log),
+            Err(InjectFault::Gone) if writer.process != vmm => {}
+            Err(fault) if writer.process == vmm => return Err(refusal::explain(vmm, fault)),
+            Err(fault) => {
+                add_pages(&writer.areas, &mut watch.pinned);
+                let why = refusal::explain(writer.process, fault);
+                watch.notes.push(format!("pages that {} writes travel in the blackout: {why}", writer.name()));
+            }
+        }
+    }
+    let log: Box<dyn DirtyLog> = match logs.len() {
+        1 => logs.remove(0),
+        _ => Box::new(CombinedLog(logs)),
+    };
+    Ok(Tracked { log, watch })
 }
 
-/// Whether this kernel can track by `PAGEMAP_SCAN`, in words.
-pub fn kernel_support() -> Result<String, String> {
-    Err("not looked yet".into())
+fn look_everywhere(blocks: &[BlockPlace]) -> Result<(Vec<Writer>, usize), GuestError> {
+    Writer::look_everywhere(blocks).map_err(GuestError::refused("cannot read /proc; mount it, without hidepid"))
+}
+
+/// How dirty pages are found, the same for all writers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Method {
+    /// Asynchronous write protection and `PAGEMAP_SCAN`.
+    Scan,
+    /// Soft-dirty bits, with the reason.
+    SoftDirty(String),
+}
+
+impl Method {
+    fn choose() -> Result<Method, GuestError> {
+        match kernel_support() {
+            Ok(_) => Ok(Method::Scan),
+            Err(why) if kernel::soft_dirty_support() => Ok(Method::SoftDirty(why)),
+            Err(why) => Err(GuestError::HostRefused {
+                what: format!(
+                    "{why}, and this kernel has no soft-dirty bits either (CONFIG_MEM_SOFT_DIRTY): nothing here can \
+                     tell which pages a guest writes; boot Linux 6.7 or newer"
+                ),
+                source: std::io::ErrorKind::Unsupported.into(),
+            }),
+        }
+    }
+
+    fn notes(&self) -> Vec<String> {
+        match self {
+            Method::Scan => Vec::new(),
+            Method::SoftDirty(why) => vec![format!(
+                "dirty pages by soft-dirty bits, because {why}: the guest is held for about 10 ms a GiB in each round"
+            )],
+        }
+    }
+
+    fn track(&self, writer: &Writer) -> Result<Box<dyn DirtyLog>, InjectFault> {
+        let pagemap = proc_file(writer.process, "pagemap", false)?;
+        let areas: Vec<WatchedArea> = writer.areas.clone();
+        Ok(match self {
+            Method::Scan => {
+                let descriptor = helper::inject_apart(writer.process, &writer.ranges())?;
+                Box::new(PagemapLog::new(pagemap, descriptor, areas))
+            }
+            Method::SoftDirty(_) => {
+                let clear_refs = proc_file(writer.process, "clear_refs", true)?;
+                Box::new(SoftDirtyLog::new(pagemap, clear_refs, areas, Box::new(ThreadHalt::of(writer.process))))
+            }
+        })
+    }
+}
+
+fn proc_file(process: i32, name: &str, writable: bool) -> Result<File, InjectFault> {
+    let opened =
+        OpenOptions::new().read(!writable).write(writable).open(format!("/proc/{process}/{name}"));
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ESRCH) => InjectFault::Gone,
+        errno => InjectFault::NotPermitted(errno.unwrap_or(libc::EPERM)),
+    })
 }

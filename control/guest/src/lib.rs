@@ -7,6 +7,7 @@
 //! ```
 
 pub mod attach;
+mod clock;
 mod error;
 mod guest;
 mod open;

@@ -1,5 +1,7 @@
 //! Any running, unmodified QEMU, spoken to over its QMP socket.
 
+mod blocks;
+mod qmp;
 mod source;
 mod target;
 
