@@ -8,11 +8,15 @@
 //! ```
 
 mod cpu;
+mod downtime;
 mod ferry;
+mod growth;
 mod guest;
+mod histogram;
 mod measure;
 mod migrate;
 mod output;
+mod plot;
 mod qemu_move;
 mod scenario;
 
@@ -40,6 +44,10 @@ struct Cli {
 enum What {
     /// The same guest moved by QEMU (plain, multifd, multifd with TLS) and by vmferry.
     Migrate(migrate::MigrateArgs),
+    /// Many moves there and back: how long the guest was away, as a table, an .hlog and a plot.
+    Downtime(downtime::DowntimeArgs),
+    /// Time against guest size.
+    Growth(growth::GrowthArgs),
 }
 
 fn main() -> ExitCode {
@@ -47,6 +55,8 @@ fn main() -> ExitCode {
     let mut output = Output::new(cli.json);
     let done = match &cli.what {
         What::Migrate(args) => migrate::run(args, cli.quick, &mut output),
+        What::Downtime(args) => downtime::run(args, cli.quick, &mut output),
+        What::Growth(args) => growth::run(args, cli.quick, &mut output),
     };
     output.finish();
     match done {

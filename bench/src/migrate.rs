@@ -97,6 +97,12 @@ struct Row {
     runs: Vec<Run>,
 }
 
+impl Row {
+    fn has_converged(&self) -> bool {
+        self.runs.iter().all(|run| run.converged)
+    }
+}
+
 struct Bench<'a> {
     args: &'a MigrateArgs,
     ferry: Option<Ferry>,
@@ -143,18 +149,12 @@ impl Bench<'_> {
     }
 
     fn scenario(&mut self, scenario: Scenario, pairs: usize, output: &Output) -> Result<Vec<Row>> {
-        let mut rows: Vec<Row> = self
-            .movers()
-            .into_iter()
-            .map(|mover| Row { scenario, mover: mover.name(), runs: Vec::new() })
-            .collect();
         let movers = self.movers();
+        let row = |mover: &Mover| Row { scenario, mover: mover.name(), runs: Vec::new() };
+        let mut rows: Vec<Row> = movers.iter().map(row).collect();
         for pair in 0..pairs {
-            for (mover, row) in movers.iter().zip(&mut rows) {
-                // A mover that gave up once gives up again: once is measured, not five times.
-                if row.runs.iter().any(|run: &Run| !run.converged) {
-                    continue;
-                }
+            // A mover that gave up once gives up again: once is measured, not five times.
+            for (mover, row) in movers.iter().zip(&mut rows).filter(|(_, row)| row.has_converged()) {
                 self.traveller.work(&scenario.rate_word(), scenario.set_pages())?;
                 let run =
                     self.one(*mover).with_context(|| format!("{} ({})", mover.name(), scenario.name()))?;
@@ -276,11 +276,14 @@ fn print(output: &Output, rows: &[Row], data_bytes: u64) {
         cell(Spread::of(row.runs.iter().filter(|run| run.converged).map(value)))
     };
     let lines = rows.iter().map(|row| {
-        let gave_up = row.runs.iter().any(|run| !run.converged);
         vec![
             row.scenario.name(),
             row.mover.to_owned(),
-            if gave_up { "does not converge".to_owned() } else { column(row, |run| run.total_ms) },
+            if row.has_converged() {
+                column(row, |run| run.total_ms)
+            } else {
+                "does not converge".to_owned()
+            },
             column(row, |run| gib(run.bytes) * 1000.0 / run.total_ms),
             column(row, |run| gib(run.bytes)),
             column(row, |run| run.cpu_seconds / gib(run.bytes)),

@@ -1,0 +1,116 @@
+//! Time against guest size: it must grow as a line does.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bytesize::ByteSize;
+use clap::Args;
+use serde::Serialize;
+use vmferry_rig::Assets;
+use vmferry_workload::{PAGE_BYTES, Plan};
+
+use crate::ferry::{Ferry, FerryPlan};
+use crate::guest::Traveller;
+use crate::measure::{Spread, cell, ms, now};
+use crate::output::Output;
+
+const MOVE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// `vmferry-bench growth`
+#[derive(Debug, Args)]
+pub(crate) struct GrowthArgs {
+    /// The largest guest; the smallest has 512 MiB, each next one twice as much. Two guests must fit into memory.
+    #[arg(long, default_value = "8GiB")]
+    up_to: ByteSize,
+    /// Moves of each size.
+    #[arg(long, default_value_t = 5)]
+    moves: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct Size {
+    ram_bytes: u64,
+    total_ms: Vec<f64>,
+    gap_ms: Vec<f64>,
+    scan_ms: Vec<f64>,
+}
+
+pub(crate) fn run(args: &GrowthArgs, quick: bool, output: &mut Output) -> Result<()> {
+    let (largest, moves) = if quick { (ByteSize::gib(1), 2) } else { (args.up_to, args.moves) };
+    let assets = Assets::find()?;
+    let ferry = Ferry::find()?;
+    let folder = tempfile::tempdir()?;
+    let keys = folder.path().join("pki");
+    ferry.make_keys(&keys)?;
+    let plan = FerryPlan {
+        keys: Some(keys),
+        downtime_limit: Duration::from_millis(300),
+        timeout: MOVE_TIMEOUT,
+        send_words: Vec::new(),
+    };
+    let mut sizes = Vec::new();
+    let mut ram = ByteSize::mib(512);
+    while ram <= largest {
+        output.say(&format!("booting a guest of {ram}"));
+        sizes.push(
+            size(&assets, &ferry, &plan, ram.as_u64(), moves).with_context(|| format!("a guest of {ram}"))?,
+        );
+        ram = ByteSize(ram.as_u64() * 2);
+    }
+    print(output, &sizes);
+    output.keep("growth", &sizes);
+    Ok(())
+}
+
+fn size(assets: &Assets, ferry: &Ferry, plan: &FerryPlan, ram_bytes: u64, moves: usize) -> Result<Size> {
+    let pages = ram_bytes / 4 * 3 / PAGE_BYTES as u64;
+    let work: Plan = format!("pages={pages},set=4096,rate=5MiB,zero=0,seed=31").parse()?;
+    let keys = plan.keys.as_deref().context("growth is measured sealed")?;
+    let mut traveller = Traveller::boot(assets, ram_bytes, work, keys)?;
+    let mut size = Size { ram_bytes, total_ms: Vec::new(), gap_ms: Vec::new(), scan_ms: Vec::new() };
+    for _ in 0..moves {
+        let (source, target) = traveller.ends()?;
+        let spec = |guest: &vmferry_rig::RunningGuest| format!("qemu:{}", guest.qmp_path().display());
+        let (from, to) = (spec(source), spec(target));
+        let receiving = ferry.receive(&to, plan)?;
+        let start = now();
+        let report = ferry.send(&from, receiving, plan)?;
+        if !report.converged {
+            bail!("the move did not end well: {}", report.send);
+        }
+        let seen = traveller.arrived(start)?;
+        size.total_ms.push(ms(seen.total));
+        size.gap_ms.push(ms(seen.gap));
+        size.scan_ms.extend(last_scan_ms(&report.send["phases"]));
+    }
+    traveller.prove()?;
+    Ok(size)
+}
+
+/// The scan in the blackout, which covers the whole memory.
+fn last_scan_ms(phases: &serde_json::Value) -> Option<f64> {
+    let list = phases.as_array()?;
+    list.iter().find(|phase| phase["name"].as_str().is_some_and(|name| name.contains("scan")))?["ms"].as_f64()
+}
+
+fn print(output: &Output, sizes: &[Size]) {
+    let lines = sizes.iter().map(|size| {
+        let gib = gib(size.ram_bytes);
+        let each = |values: &[f64]| cell(Spread::of(values.iter().map(|value| value / gib)));
+        vec![
+            ByteSize(size.ram_bytes).to_string(),
+            cell(Spread::of(size.total_ms.iter().copied())),
+            each(&size.total_ms),
+            cell(Spread::of(size.gap_ms.iter().copied())),
+            each(&size.scan_ms),
+        ]
+    });
+    let head = ["guest", "total ms", "total ms/GiB", "gap ms", "scan ms/GiB"];
+    output.table("min / median / max; three quarters filled, 5 MiB/s dirty, sealed", &head, lines.collect());
+}
+
+fn gib(bytes: u64) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "a byte count of a guest is far below 2^52")]
+    let gib = bytes as f64 / f64::from(1 << 30);
+    gib
+}
