@@ -155,6 +155,15 @@ impl ControlChannel {
         }))
     }
 
+    /// The peer's own certificate (DER), to tell whether a second connection is the same peer's. `None` on a plain channel.
+    #[must_use]
+    pub fn peer_identity(&self) -> Option<Vec<u8>> {
+        match &*self.lock() {
+            Wire::Tls(connection) => connection.peer_certificates().and_then(|chain| chain.first()).map(|cert| cert.to_vec()),
+            Wire::Plain => None,
+        }
+    }
+
     /// The peer's address.
     pub fn peer(&self) -> io::Result<SocketAddr> {
         self.stream.peer_addr()

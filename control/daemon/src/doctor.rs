@@ -51,7 +51,7 @@ pub fn examine() -> Vec<Finding> {
 #[must_use]
 pub fn to_table(findings: &[Finding]) -> String {
     let mut table = Table::new();
-    table.load_preset(UTF8_BORDERS_ONLY).set_header(["", "part", "found", "what vmferry does"]);
+    table.load_style(UTF8_BORDERS_ONLY).set_header(["", "part", "found", "what vmferry does"]);
     for row in findings {
         let mark = match row.verdict {
             Verdict::Good => "ok",
@@ -108,10 +108,20 @@ fn tracking() -> Finding {
 
 /// Bit 55 of a fresh page's pagemap entry (Documentation/admin-guide/mm/soft-dirty.rst).
 fn soft_dirty() -> Finding {
-    match vmferry_datapath::SoftDirtyLog::kernel_support() {
+    match soft_dirty_is_set() {
         true => finding("soft-dirty", Verdict::Good, "present", "the fallback for kernels before 6.7"),
         false => finding("soft-dirty", Verdict::Without, "not in this kernel", "nothing where PAGEMAP_SCAN works"),
     }
+}
+
+fn soft_dirty_is_set() -> bool {
+    use std::os::unix::fs::FileExt;
+    const SOFT_DIRTY: u64 = 1 << 55;
+    let page = vec![1u8; 4096];
+    let Ok(entry_at) = u64::try_from(page.as_ptr().addr() / 4096 * 8) else { return false };
+    let mut entry = [0u8; 8];
+    let read = fs::File::open("/proc/self/pagemap").and_then(|pagemap| pagemap.read_exact_at(&mut entry, entry_at));
+    read.is_ok() && u64::from_le_bytes(entry) & SOFT_DIRTY != 0
 }
 
 fn ptrace() -> Finding {
@@ -157,7 +167,7 @@ fn seal() -> Finding {
 
 fn memlock() -> Finding {
     use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
-    let needed = vmferry_datapath::limits::REGISTERED_BYTES_MAX;
+    let needed = u64::try_from(vmferry_datapath::limits::BUDGET_BYTES).unwrap_or(u64::MAX);
     match getrlimit(Resource::RLIMIT_MEMLOCK) {
         Ok((soft, _)) if soft == RLIM_INFINITY => finding("memlock limit", Verdict::Good, "unlimited", "lane buffers are registered"),
         Ok((soft, _)) if soft >= needed => finding("memlock limit", Verdict::Good, crate::report::human(soft), "lane buffers are registered"),

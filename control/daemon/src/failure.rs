@@ -4,10 +4,6 @@
 //! operator has to read backwards. The codes are `sysexits(3)` where it has a fitting one, because scripts of
 //! virsh and QEMU users already know those.
 
-use vmferry_datapath::Blame;
-use vmferry_guest::GuestError;
-use vmferry_session::{AbortReason, SessionError};
-
 /// A verb's bad end. The text is one sentence for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Failure {

@@ -1,16 +1,15 @@
 //! Opening the lanes of one attempt: how many, on which CPUs, with which keys.
 
 use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam_channel::RecvTimeoutError;
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 use vmferry_datapath::{LaneEnd, TcpLink};
 use vmferry_session::AttemptId;
 
 use crate::channel::{ControlChannel, dial};
-use crate::door::{Arrival, Door, LaneHello};
+use crate::door::LaneHello;
 use crate::endpoint::Endpoint;
 use crate::failure::Failure;
 use crate::quantity::{CpuList, LaneCount};
@@ -63,8 +62,9 @@ pub fn lane_count(asked: LaneCount, cpus: &[usize]) -> u16 {
     }
 }
 
-fn lane_end(channel: &ControlChannel, attempt: &AttemptId, lane: u16, stream: TcpStream, cpus: &[usize]) -> Result<LaneEnd, Failure> {
-    let link = TcpLink::new(stream).map_err(|e| Failure::Permission(format!("lane {lane} could not set up io_uring: {e}; see 'vmferry doctor'")))?;
+/// One lane's link, keys and CPU.
+pub fn lane_end(channel: &ControlChannel, attempt: &AttemptId, lane: u16, stream: TcpStream, cpus: &[usize]) -> Result<LaneEnd, Failure> {
+    let link = TcpLink::new(stream);
     let cpu = (!cpus.is_empty()).then(|| cpus[usize::from(lane) % cpus.len()]);
     Ok(LaneEnd { link: Box::new(link), keys: channel.lane_keys(attempt, lane)?, cpu })
 }
@@ -83,40 +83,4 @@ pub fn open(channel: &ControlChannel, endpoint: &Endpoint, attempt: &AttemptId, 
             lane_end(channel, attempt, lane, stream, cpus)
         })
         .collect()
-}
-
-/// Waits until every lane of `attempt` has arrived; lanes of other attempts are dropped, control connections handed to `other`.
-pub fn gather(
-    door: &Door,
-    channel: &ControlChannel,
-    attempt: &AttemptId,
-    lanes: u16,
-    cpus: &[usize],
-    mut other: impl FnMut(ControlChannel),
-) -> Result<Vec<LaneEnd>, Failure> {
-    #[expect(clippy::disallowed_methods, reason = "a driver's deadline on real connections")]
-    let deadline = Instant::now() + LANES_TIMEOUT;
-    let mut streams: Vec<Option<TcpStream>> = (0..lanes).map(|_| None).collect();
-    while streams.iter().any(Option::is_none) {
-        match door.arrivals().recv_deadline(deadline) {
-            Ok(Arrival::Lane(hello, stream)) if hello.attempt == *attempt => {
-                match streams.get_mut(usize::from(hello.lane)) {
-                    Some(place @ None) => *place = Some(stream),
-                    // The first one holds the place: a second hello for it is not the source's.
-                    Some(Some(_)) | None => tracing::warn!(lane = hello.lane, "a lane arrived twice or was not agreed on: dropped"),
-                }
-            }
-            Ok(Arrival::Lane(hello, _)) => tracing::warn!(lane = hello.lane, "a lane of another attempt: dropped"),
-            Ok(Arrival::Control(channel)) => other(channel),
-            Err(RecvTimeoutError::Timeout) => {
-                return Err(Failure::Unavailable(format!(
-                    "not all of the {lanes} lanes arrived within {} s: is a firewall counting connections?",
-                    LANES_TIMEOUT.as_secs()
-                )));
-            }
-            Err(RecvTimeoutError::Disconnected) => return Err(Failure::Bug("the door closed while lanes were awaited".into())),
-        }
-    }
-    let lanes = streams.into_iter().flatten().zip(0u16..);
-    lanes.map(|(stream, lane)| lane_end(channel, attempt, lane, stream, cpus)).collect()
 }

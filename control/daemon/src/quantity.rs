@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use vmferry_datapath::limits::LANES_MAX;
+
 /// A rate in bytes a second. A plain number is MiB/s, as virsh reads it; `10Gbit`, `800Mbit`, `2GiB`, `500MB` are said in full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bandwidth {
@@ -85,8 +87,8 @@ impl FromStr for LaneCount {
             return Ok(Self::Auto);
         }
         match text.parse() {
-            Ok(lanes @ 1..=64) => Ok(Self::Exactly(lanes)),
-            _ => Err(format!("{text:?} is not a number of lanes: write auto, or 1 to 64")),
+            Ok(lanes) if lanes > 0 && usize::from(lanes) <= LANES_MAX => Ok(Self::Exactly(lanes)),
+            _ => Err(format!("{text:?} is not a number of lanes: write auto, or 1 to {LANES_MAX}")),
         }
     }
 }
@@ -125,6 +127,6 @@ mod tests {
         assert_eq!("auto".parse::<LaneCount>().unwrap(), LaneCount::Auto);
         assert_eq!("4".parse::<LaneCount>().unwrap(), LaneCount::Exactly(4));
         assert!("0".parse::<LaneCount>().is_err());
-        assert!("65".parse::<LaneCount>().is_err());
+        assert!("17".parse::<LaneCount>().is_err());
     }
 }

@@ -1,0 +1,337 @@
+//! The source's hands: what the machine's actions do to the guest, the tracker and the lanes.
+//!
+//! Nothing is decided here. Each function does one action and says how it went; the order comes from the session.
+//! What must never happen: a dirty bit taken from the log and forgotten. A scan's pages are in the ledger, or with
+//! the sender, or (after an error) every page is dirty.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender as Post, bounded};
+use vmferry_datapath::{ByteLen, DirtyLog, GuestRam, HotLedger, LaneTotals, Meter, PageCount, PageSet, Sender};
+use vmferry_guest::{GuestError, SourceGuest};
+use vmferry_session::{LastReport, RoundReport};
+
+use super::io_horizon::IoHorizon;
+
+/// State blocks between the VMM's saver and lane 0: small, because lane 0 takes them as fast as they come.
+const STATE_BLOCKS_MAX: usize = 16;
+/// Bytes a block: a state of 300 KB is a handful.
+const STATE_BLOCK_BYTES: usize = 64 * 1024;
+
+/// What stopped an action.
+#[derive(Debug)]
+pub enum Stopped {
+    /// The machine asked to interrupt.
+    Interrupted,
+    /// A lane.
+    Lane(vmferry_datapath::DataError),
+    /// The guest.
+    Guest(GuestError),
+    /// The tracker, in the blackout, where «every page is dirty» would be no answer.
+    Tracker(String),
+}
+
+impl From<vmferry_datapath::DataError> for Stopped {
+    fn from(error: vmferry_datapath::DataError) -> Self {
+        Self::Lane(error)
+    }
+}
+
+impl From<GuestError> for Stopped {
+    fn from(error: GuestError) -> Self {
+        Self::Guest(error)
+    }
+}
+
+/// Everything that the source side holds of a guest while it moves.
+pub struct SourceHands {
+    pub(super) guest: Box<dyn SourceGuest>,
+    ram: Arc<GuestRam>,
+    log: Option<Box<dyn DirtyLog>>,
+    sender: Option<Sender>,
+    ledger: HotLedger,
+    horizon: Option<IoHorizon>,
+    scan_max: Duration,
+    scanned_at: Option<Instant>,
+    tracker: Option<&'static str>,
+    meter: Option<Meter>,
+    notes: Vec<String>,
+}
+
+impl SourceHands {
+    /// Takes the guest.
+    #[must_use]
+    pub fn new(guest: Box<dyn SourceGuest>) -> Self {
+        let ram = guest.ram();
+        let chunks = ram.layout().chunk_count();
+        let horizon = (!guest.direct_io_nodes().is_empty()).then(|| IoHorizon::new(chunks));
+        let mut notes = guest.description().notes.clone();
+        if horizon.is_some() {
+            notes.push(format!(
+                "disks with O_DIRECT ({}): pages seen dirty in the last 30 s are compared again in the blackout",
+                guest.direct_io_nodes().join(", ")
+            ));
+        }
+        let ledger = HotLedger::with_chunks(chunks);
+        Self { guest, ram, log: None, sender: None, ledger, horizon, scan_max: Duration::ZERO, scanned_at: None, tracker: None, meter: None, notes }
+    }
+
+    /// Whether lanes must remember a hash of every page.
+    #[must_use]
+    pub fn keeps_hashes(&self) -> bool {
+        self.horizon.is_some()
+    }
+
+    /// The guest's memory.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// Hands the lanes over.
+    pub fn take_sender(&mut self, sender: Sender) {
+        self.sender = Some(sender);
+    }
+
+    /// What the lanes did so far, or had done when they were closed.
+    #[must_use]
+    pub fn meter(&self) -> Option<Meter> {
+        self.sender.as_ref().map(Sender::meter).or_else(|| self.meter.clone())
+    }
+
+    /// The slowest scan so far.
+    #[must_use]
+    pub fn scan_max(&self) -> Duration {
+        self.scan_max
+    }
+
+    /// What the operator should know.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// What tracks the guest's writes.
+    #[must_use]
+    pub fn tracker_name(&self) -> Option<&'static str> {
+        self.tracker
+    }
+
+    /// Starts to track every writer.
+    pub fn attach(&mut self) -> Result<(), Stopped> {
+        let log = self.guest.attach()?;
+        self.tracker = Some(log.name());
+        self.log = Some(log);
+        Ok(())
+    }
+
+    /// One round while the guest runs.
+    pub fn copy_round(&mut self, round: u32, now: Duration, go_on: &mut dyn FnMut() -> bool) -> Result<RoundReport, Stopped> {
+        let since_last_scan = self.scanned_at.map_or(Duration::ZERO, |at| at.elapsed());
+        let (dirty, scan) = self.scan_or_all(now);
+        let mut report = RoundReport { round, since_last_scan, scan, dirty: dirty.count(), ..RoundReport::default() };
+        let (send, zero) = if round == 1 { self.everything()? } else { (self.ledger.advance(dirty), None) };
+        let (wire_before, zero_before) = self.counted();
+        let began = clock();
+        let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
+        if let Some(zero) = &zero {
+            report.dirty = PageSet::full(self.ram.layout()).count();
+            sender.send_zero(zero)?;
+        }
+        if !sender.send(&send, go_on)? {
+            self.ledger.put_back(&send);
+            return Err(Stopped::Interrupted);
+        }
+        sender.flush()?;
+        report.sending = began.elapsed();
+        report.sent = send.count().plus(zero.map_or(PageCount(0), |zero| zero.count()));
+        report.held = self.ledger.held_count();
+        report.pinned = self.guest.pinned().count();
+        let (wire, zero) = self.counted();
+        report.wire = ByteLen(wire - wire_before);
+        report.zero = PageCount(zero - zero_before);
+        Ok(report)
+    }
+
+    /// What holds data, and what is known to be zero without reading it. Called after the first scan, which protected
+    /// every page: one that appears in between is dirty again.
+    fn everything(&self) -> Result<(PageSet, Option<PageSet>), Stopped> {
+        let mut zero = PageSet::full(self.ram.layout());
+        let mut data = self.ram.populated().map_err(GuestError::from)?;
+        data.intersect_with(&zero);
+        zero.subtract(&data);
+        Ok((data, Some(zero)))
+    }
+
+    /// Stops the guest.
+    pub fn pause(&mut self) -> Result<(), GuestError> {
+        self.guest.pause()
+    }
+
+    /// The last pages and the device state, side by side: the VMM saves while the lanes send.
+    pub fn send_last_and_state(
+        &mut self,
+        now: Duration,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> (Result<LastReport, Stopped>, Result<ByteLen, Stopped>) {
+        let (last, mut report) = match self.last_pages(now) {
+            Ok(last) => last,
+            Err(stopped) => return (Err(stopped), Err(Stopped::Interrupted)),
+        };
+        let began = clock();
+        let (wire_before, _) = self.counted();
+        let Some(sender) = self.sender.as_mut() else { return (Err(no_lanes()), Err(Stopped::Interrupted)) };
+        let guest = &mut self.guest;
+        let (post, blocks) = bounded(STATE_BLOCKS_MAX);
+        let (sent, saved) = std::thread::scope(|scope| {
+            let saver = scope.spawn(move || {
+                let mut writer = StateBlocks { post, block: Vec::with_capacity(STATE_BLOCK_BYTES) };
+                guest.save_state(&mut writer).and_then(|len| writer.flush().map(|()| len).map_err(GuestError::Relay))
+            });
+            let sent = sender.send(&last, go_on).map_err(Stopped::from).and_then(|whole| {
+                if whole { Ok(began.elapsed()) } else { Err(Stopped::Interrupted) }
+            });
+            let relayed = sent.is_ok().then(|| blocks.iter().try_for_each(|block: Vec<u8>| sender.send_state(&block)));
+            // With nobody to take its blocks the saver stops with an error, instead of waiting for ever.
+            drop(blocks);
+            let saved = saver.join().unwrap_or_else(|_| Err(GuestError::Bug("the state saver panicked".into())));
+            let saved = match relayed {
+                Some(Ok(())) => saved.map_err(Stopped::from).and_then(|len| sender.end_state().map(|()| len).map_err(Stopped::from)),
+                Some(Err(lane)) => Err(Stopped::Lane(lane)),
+                None => saved.map_err(Stopped::from),
+            };
+            (sent, saved)
+        });
+        report.wire = ByteLen(self.counted().0 - wire_before);
+        let sent = sent.map(|sending| LastReport { sending, ..report });
+        (sent, saved)
+    }
+
+    /// What saving the state wrote, then the end of every lane.
+    pub fn finish_lanes(&mut self, now: Duration, go_on: &mut dyn FnMut() -> bool) -> Result<Vec<LaneTotals>, Stopped> {
+        let (dirty, _) = self.scan_exactly(now)?;
+        let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
+        if !sender.send(&dirty, go_on)? {
+            return Err(Stopped::Interrupted);
+        }
+        Ok(sender.finish()?)
+    }
+
+    /// The digest of all memory, as text; the guest is paused.
+    pub fn digest(&self) -> Result<String, Stopped> {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(self.ram.digest(cpus).map_err(GuestError::from)?.to_string())
+    }
+
+    /// Lets the guest run again.
+    pub fn resume(&mut self) -> Result<(), GuestError> {
+        self.guest.resume()
+    }
+
+    /// Drops the lanes as they are.
+    pub fn close_lanes(&mut self) {
+        if let Some(mut sender) = self.sender.take() {
+            self.meter = Some(sender.meter());
+            sender.abort();
+        }
+    }
+
+    /// Leaves no trace in the VMM.
+    pub fn detach(&mut self) {
+        self.log = None;
+        self.guest.detach();
+    }
+
+    /// Everything that must travel now that nobody writes.
+    fn last_pages(&mut self, now: Duration) -> Result<(PageSet, LastReport), Stopped> {
+        let writers = self.guest.new_writers()?;
+        if !writers.is_empty() {
+            self.notes.push(format!("{} began to write guest memory during the move: its pages travelled in the blackout", writers.join(", ")));
+        }
+        let (mut last, scan) = self.scan_exactly(now)?;
+        last.union_with(&self.ledger.take_all());
+        let mut pinned = self.guest.pinned();
+        if !pinned.is_empty() {
+            pinned.intersect_with(&self.ram.populated().map_err(GuestError::from)?);
+            last.union_with(&pinned);
+        }
+        if let (Some(horizon), Some(sender)) = (&self.horizon, &self.sender) {
+            let mut suspects = horizon.suspects();
+            suspects.subtract(&last);
+            suspects.intersect_with(&self.ram.populated().map_err(GuestError::from)?);
+            last.union_with(&sender.changed_since_sent(&suspects));
+        }
+        let report = LastReport { scan, pages: last.count(), pinned: pinned.count(), ..LastReport::default() };
+        Ok((last, report))
+    }
+
+    /// Harvests the log; after an error every page is dirty, and the note says so.
+    fn scan_or_all(&mut self, now: Duration) -> (PageSet, Duration) {
+        match self.scan_exactly(now) {
+            Ok(found) => found,
+            Err(stopped) => {
+                self.notes.push(format!("a dirty scan failed and every page was sent again: {stopped:?}"));
+                (PageSet::full(self.ram.layout()), Duration::ZERO)
+            }
+        }
+    }
+
+    fn scan_exactly(&mut self, now: Duration) -> Result<(PageSet, Duration), Stopped> {
+        let began = clock();
+        let mut dirty = PageSet::new(self.ram.layout());
+        let log = self.log.as_mut().ok_or_else(|| Stopped::Tracker("the guest is not attached".into()))?;
+        log.collect(&mut dirty).map_err(|e| Stopped::Tracker(e.to_string()))?;
+        if let Some(horizon) = &mut self.horizon {
+            horizon.saw(&dirty, now);
+        }
+        self.scanned_at = Some(began);
+        let took = began.elapsed();
+        self.scan_max = self.scan_max.max(took);
+        Ok((dirty, took))
+    }
+
+    /// Bytes on the wire and zero pages so far.
+    fn counted(&self) -> (u64, u64) {
+        self.sender.as_ref().map_or((0, 0), |sender| {
+            let meter = sender.meter();
+            (meter.wire_bytes, meter.zero_pages)
+        })
+    }
+}
+
+fn no_lanes() -> Stopped {
+    Stopped::Lane(vmferry_datapath::DataError::Bug("pages were to be sent before the lanes were open"))
+}
+
+#[expect(clippy::disallowed_methods, reason = "a driver measures what its hands do")]
+fn clock() -> Instant {
+    Instant::now()
+}
+
+/// Collects what the VMM writes into blocks for lane 0.
+struct StateBlocks {
+    post: Post<Vec<u8>>,
+    block: Vec<u8>,
+}
+
+impl Write for StateBlocks {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let room = STATE_BLOCK_BYTES - self.block.len();
+        let taken = bytes.len().min(room);
+        self.block.extend_from_slice(&bytes[..taken]);
+        if self.block.len() == STATE_BLOCK_BYTES {
+            self.flush()?;
+        }
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.block.is_empty() {
+            return Ok(());
+        }
+        let block = std::mem::replace(&mut self.block, Vec::with_capacity(STATE_BLOCK_BYTES));
+        self.post.send(block).map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "the lanes were closed"))
+    }
+}
