@@ -15,6 +15,7 @@ use crate::measure::{Spread, cell, ms, now};
 use crate::output::Output;
 
 const MOVE_TIMEOUT: Duration = Duration::from_secs(120);
+const BYTES_A_MIB: f64 = 1_048_576.0;
 
 /// `vmferry-bench growth`
 #[derive(Debug, Args)]
@@ -33,6 +34,7 @@ struct Size {
     total_ms: Vec<f64>,
     gap_ms: Vec<f64>,
     scan_ms: Vec<f64>,
+    sender_mib: Vec<f64>,
 }
 
 pub(crate) fn run(args: &GrowthArgs, quick: bool, output: &mut Output) -> Result<()> {
@@ -67,7 +69,13 @@ fn size(assets: &Assets, ferry: &Ferry, plan: &FerryPlan, ram_bytes: u64, moves:
     let work: Plan = format!("pages={pages},set=4096,rate=5MiB,zero=0,seed=31").parse()?;
     let keys = plan.keys.as_deref().context("growth is measured sealed")?;
     let mut traveller = Traveller::boot(assets, ram_bytes, work, keys)?;
-    let mut size = Size { ram_bytes, total_ms: Vec::new(), gap_ms: Vec::new(), scan_ms: Vec::new() };
+    let mut size = Size {
+        ram_bytes,
+        total_ms: Vec::new(),
+        gap_ms: Vec::new(),
+        scan_ms: Vec::new(),
+        sender_mib: Vec::new(),
+    };
     for _ in 0..moves {
         let (source, target) = traveller.ends()?;
         let spec = |guest: &vmferry_rig::RunningGuest| format!("qemu:{}", guest.qmp_path().display());
@@ -81,16 +89,12 @@ fn size(assets: &Assets, ferry: &Ferry, plan: &FerryPlan, ram_bytes: u64, moves:
         let seen = traveller.arrived(start)?;
         size.total_ms.push(ms(seen.total));
         size.gap_ms.push(ms(seen.gap));
-        size.scan_ms.extend(last_scan_ms(&report.send["phases"]));
+        size.scan_ms.extend(report.send["scan_ms_max"].as_f64());
+        size.sender_mib
+            .extend(report.send["own_memory_peak_bytes"].as_f64().map(|bytes| bytes / BYTES_A_MIB));
     }
     traveller.prove()?;
     Ok(size)
-}
-
-/// The scan in the blackout, which covers the whole memory.
-fn last_scan_ms(phases: &serde_json::Value) -> Option<f64> {
-    let list = phases.as_array()?;
-    list.iter().find(|phase| phase["name"].as_str().is_some_and(|name| name.contains("scan")))?["ms"].as_f64()
 }
 
 fn print(output: &Output, sizes: &[Size]) {
@@ -103,9 +107,10 @@ fn print(output: &Output, sizes: &[Size]) {
             each(&size.total_ms),
             cell(Spread::of(size.gap_ms.iter().copied())),
             each(&size.scan_ms),
+            cell(Spread::of(size.sender_mib.iter().copied())),
         ]
     });
-    let head = ["guest", "total ms", "total ms/GiB", "gap ms", "scan ms/GiB"];
+    let head = ["guest", "total ms", "total ms/GiB", "gap ms", "worst scan ms/GiB", "sender's own MiB"];
     output.table("min / median / max; three quarters filled, 5 MiB/s dirty, sealed", &head, lines.collect());
 }
 

@@ -1,6 +1,7 @@
 //! What a test needs and a machine may lack: said aloud, counted, never passed over in silence.
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use crate::RigError;
 
@@ -43,15 +44,23 @@ pub fn root() -> Result<(), RigError> {
     Err(RigError::Missing("this needs root (ptrace of another process): run it as root".to_owned()))
 }
 
-/// At least `count` free huge pages of 2 MiB.
-pub fn huge_pages(count: u64) -> Result<(), RigError> {
+/// At least `count` free huge pages of 2 MiB, and the folder where a hugetlbfs is mounted.
+pub fn huge_pages(count: u64) -> Result<PathBuf, RigError> {
     let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
     let free =
         std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0);
-    if free >= count {
-        return Ok(());
+    if free < count {
+        let fix =
+            format!("only {free} huge pages of 2 MiB are free: run 'sysctl vm.nr_hugepages={count}' as root");
+        return Err(RigError::Missing(fix));
     }
-    let fix =
-        format!("only {free} huge pages of 2 MiB are free: run 'sysctl vm.nr_hugepages={count}' as root");
-    Err(RigError::Missing(fix))
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    let folder = mounts.lines().find_map(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        (words.get(2) == Some(&"hugetlbfs")).then(|| words.get(1).map(PathBuf::from)).flatten()
+    });
+    folder.ok_or_else(|| {
+        let fix = "no hugetlbfs is mounted: run 'mount -t hugetlbfs none /dev/hugepages' as root";
+        RigError::Missing(fix.to_owned())
+    })
 }

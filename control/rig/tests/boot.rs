@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use vmferry_rig::{Assets, QemuGuest, create_disk, guest_gap, require};
+use vmferry_rig::{Assets, Memory, QemuGuest, create_disk, guest_gap, huge_pages, require};
 use vmferry_workload::Plan;
 
 const MIB: u64 = 1 << 20;
@@ -67,4 +67,14 @@ fn an_o_direct_disk_is_read_all_the_time() {
         "{status:?} {:?}",
         guest.console().kernel_lines()
     );
+}
+
+#[test]
+fn a_guest_boots_on_huge_pages() {
+    let assets = require!(Assets::find());
+    let folder = require!(huge_pages(128));
+    let recipe = QemuGuest::new(&assets, 256 * MIB, plan()).unwrap().memory(Memory::HugePages(folder));
+    let mut guest = recipe.boot("source").unwrap();
+    assert!(guest.memory_files()[0].exists());
+    assert!(guest.console().verify().unwrap().is_clean());
 }
