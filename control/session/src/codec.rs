@@ -113,9 +113,7 @@ mod tests {
             let mut seen = Vec::new();
             for part in [&stream[..cut], &stream[cut..]] {
                 decoder.push(part);
-                while let Some(message) = decoder.next_message().unwrap() {
-                    seen.push(message);
-                }
+                seen.extend(std::iter::from_fn(|| decoder.next_message().unwrap()));
             }
             assert_eq!(seen, [Message::Ping(7), Message::Commit], "cut at {cut}");
         }

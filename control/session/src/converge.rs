@@ -1,10 +1,33 @@
 //! When to switch over: as soon as the upper bound of the predicted blackout fits the limit, and not before.
+//!
+//! ```text
+//!   after each round:  p95 fits the limit ──────────────► Switchover
+//!                      p95 still falls, round by round ─► Round
+//!                      neither ─────────────────────────► --on-no-converge: GiveUp · Throttle, Round … · Switchover
+//! ```
+//!
+//! There is no fixed number of rounds: rounds go on for as long as they shorten the blackout, and a guest whose hot
+//! pages outrun the link is recognised by rounds that do not. What must never happen: giving up without saying what
+//! would help.
 
 use std::time::Duration;
 
-use vmferry_datapath::{ByteLen, PageCount};
+use vmferry_datapath::{ByteLen, PAGE_BYTES, PageCount};
 
 use crate::predict::{Forecast, Predictor};
+
+/// Rounds without progress after which a move is stuck.
+const PATIENCE: u32 = 3;
+/// Progress is a p95 below this share of the best so far.
+const PROGRESS: f64 = 0.93;
+/// A guest that has not converged by then is stuck, whatever the trend.
+const ROUNDS_MAX: u32 = 100;
+/// Percent of CPU time taken away, step by step.
+const THROTTLE_STEPS: [u8; 8] = [20, 40, 60, 75, 85, 92, 96, 99];
+/// A forced switchover waits for a blackout within this factor of the best that was in reach …
+const FORCE_NEAR_BEST: f64 = 1.1;
+/// … for at most so many rounds more.
+const FORCE_PATIENCE: u32 = 8;
 
 /// What one round of pre-copy did; the driver measures, nothing here reads a clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -97,12 +120,15 @@ pub struct Decision {
 pub struct Converge {
     plan: ConvergePlan,
     predictor: Predictor,
+    best_p95_ms: f64,
+    stale_rounds: u32,
+    throttle_steps: usize,
 }
 
 impl Converge {
     /// Watches a move by `plan`.
     pub const fn new(plan: ConvergePlan, predictor: Predictor) -> Self {
-        Self { plan, predictor }
+        Self { plan, predictor, best_p95_ms: f64::INFINITY, stale_rounds: 0, throttle_steps: 0 }
     }
 
     /// The predictor, with what it learned so far.
@@ -114,15 +140,126 @@ impl Converge {
     pub fn round_done(&mut self, report: &RoundReport) -> Decision {
         self.predictor.observe(report);
         let forecast = self.predictor.forecast();
-        let fits = forecast.total.p95_ms <= self.plan.downtime_limit.as_secs_f64() * 1e3;
-        let next = if fits && report.round > 1 { Next::Switchover } else { Next::Round };
+        let next = self.decide(report, &forecast);
         Decision { next, forecast }
     }
 
     /// The guest refused to be slowed down: decide without.
     pub fn throttle_failed(&mut self) {
-        if self.plan.on_no_converge == OnNoConverge::Throttle {
-            self.plan.on_no_converge = OnNoConverge::Abort;
+        self.throttle_steps = THROTTLE_STEPS.len();
+    }
+
+    fn limit_ms(&self) -> f64 {
+        self.plan.downtime_limit.as_secs_f64() * 1e3
+    }
+
+    fn decide(&mut self, report: &RoundReport, forecast: &Forecast) -> Next {
+        // After round 1 no scan has seen the guest write yet.
+        if report.round <= 1 {
+            return Next::Round;
+        }
+        let p95_ms = forecast.total.p95_ms;
+        if p95_ms <= self.limit_ms() {
+            return Next::Switchover;
+        }
+        if p95_ms < self.best_p95_ms * PROGRESS {
+            self.stale_rounds = 0;
+        } else {
+            self.stale_rounds += 1;
+        }
+        self.best_p95_ms = self.best_p95_ms.min(p95_ms);
+        let stuck = self.stale_rounds >= PATIENCE || report.round >= ROUNDS_MAX;
+        if stuck || self.is_out_of_reach(forecast) { self.stuck(report, forecast) } else { Next::Round }
+    }
+
+    /// Whether the blackout could not fit even without a page to send: no round and no throttle will help.
+    fn is_out_of_reach(&self, forecast: &Forecast) -> bool {
+        forecast.floor.p95_ms > self.limit_ms() && self.plan.on_no_converge != OnNoConverge::Force
+    }
+
+    fn stuck(&mut self, report: &RoundReport, forecast: &Forecast) -> Next {
+        match self.plan.on_no_converge {
+            OnNoConverge::Abort => Next::GiveUp(self.why(report, forecast)),
+            OnNoConverge::Throttle if self.is_out_of_reach(forecast) || report.round >= ROUNDS_MAX => {
+                Next::GiveUp(self.why(report, forecast))
+            }
+            OnNoConverge::Throttle => self.throttle(report, forecast),
+            OnNoConverge::Force => {
+                let near = forecast.total.p95_ms <= self.best_p95_ms * FORCE_NEAR_BEST;
+                let waited = self.stale_rounds >= PATIENCE + FORCE_PATIENCE || report.round >= ROUNDS_MAX;
+                if near || waited { Next::Switchover } else { Next::Round }
+            }
         }
     }
+
+    fn throttle(&mut self, report: &RoundReport, forecast: &Forecast) -> Next {
+        let Some(&percent) = THROTTLE_STEPS.get(self.throttle_steps) else {
+            return Next::GiveUp(self.why(report, forecast));
+        };
+        self.throttle_steps += 1;
+        self.stale_rounds = 0;
+        self.best_p95_ms = forecast.total.p95_ms;
+        Next::Throttle { percent }
+    }
+
+    /// Why the blackout cannot fit, and what would make it fit.
+    fn why(&self, report: &RoundReport, forecast: &Forecast) -> String {
+        let limit = self.limit_ms();
+        let needed = round_up(forecast.total.p95_ms.min(self.best_p95_ms) * 1.1);
+        if forecast.floor.p95_ms > limit {
+            let floor = forecast.floor.p95_ms;
+            return format!(
+                "the blackout cannot fit {limit:.0} ms: stopping, device state and resuming alone may take {floor:.0} ms; \
+                 give --downtime-limit {needed}ms, or --on-no-converge force"
+            );
+        }
+        let page = PAGE_BYTES as f64;
+        let dirty_rate = count(report.dirty) * page / report.since_last_scan.as_secs_f64().max(1e-6);
+        let send_rate = page * 1e3 / self.predictor.page_ms();
+        let throttle = match (self.plan.on_no_converge, self.throttle_steps) {
+            (OnNoConverge::Throttle, 0) => ", and it could not be slowed down".into(),
+            (OnNoConverge::Throttle, _) => ", even slowed down".into(),
+            (OnNoConverge::Abort | OnNoConverge::Force, _) => String::new(),
+        };
+        let slow_down = match self.plan.on_no_converge {
+            OnNoConverge::Throttle => "more --bandwidth or --lanes",
+            OnNoConverge::Abort | OnNoConverge::Force => "--on-no-converge throttle to slow the guest down",
+        };
+        format!(
+            "the blackout cannot fit {limit:.0} ms: the guest dirties {}/s and the lanes carry {}/s{throttle}; {} are hot \
+             (written again in every round) and the blackout would take {:.0} to {:.0} ms; give --downtime-limit {needed}ms, \
+             {slow_down}, or --on-no-converge force",
+            size(dirty_rate),
+            size(send_rate),
+            size(count(report.held) * page),
+            forecast.total.p05_ms,
+            forecast.total.p95_ms,
+        )
+    }
+}
+
+/// To the next number that a person would type.
+fn round_up(ms: f64) -> u64 {
+    let step = if ms < 100.0 { 5.0 } else { 50.0 };
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a positive time; `as` saturates"
+    )]
+    let rounded = ((ms / step).ceil() * step) as u64;
+    rounded
+}
+
+fn size(bytes: f64) -> String {
+    const MIB: f64 = 1_048_576.0;
+    match bytes {
+        _ if bytes >= 1024.0 * MIB => format!("{:.1} GiB", bytes / (1024.0 * MIB)),
+        _ if bytes >= 10.0 * MIB => format!("{:.0} MiB", bytes / MIB),
+        _ => format!("{:.1} MiB", bytes / MIB),
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "page counts stay far below 2^52")]
+fn count(pages: PageCount) -> f64 {
+    pages.0 as f64
 }

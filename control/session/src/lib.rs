@@ -50,6 +50,7 @@
 //!
 //! What must never happen: a guest that runs twice. The [`token`] module says how types keep it from happening.
 
+mod blackout;
 mod codec;
 mod converge;
 mod error;
@@ -77,7 +78,7 @@ pub use negotiate::{
     negotiate,
 };
 pub use phases::{PhaseLog, PhaseSpan};
-pub use predict::{Forecast, History, Interval, MoveRecord, Predictor, Priors, Term};
+pub use predict::{Forecast, History, Interval, MoveRecord, Predictor, Priors, SaveOrder, Term};
 pub use source::{SourceAction, SourceEvent, SourceOutcome, SourceState, Work};
 pub use source_session::{Progress, SourcePlan, SourceSession};
 pub use target::{RunFailure, TargetAction, TargetEvent, TargetOutcome, TargetState, TargetWork};

@@ -224,9 +224,130 @@ fn size(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
     const GIB: u64 = 1 << 30;
     match bytes {
-        _ if bytes % GIB == 0 && bytes > 0 => format!("{}G", bytes / GIB),
-        _ if bytes % MIB == 0 && bytes > 0 => format!("{}M", bytes / MIB),
-        _ if bytes % KIB == 0 && bytes > 0 => format!("{}K", bytes / KIB),
+        _ if bytes > 0 && bytes.is_multiple_of(GIB) => format!("{}G", bytes / GIB),
+        _ if bytes > 0 && bytes.is_multiple_of(MIB) => format!("{}M", bytes / MIB),
+        _ if bytes > 0 && bytes.is_multiple_of(KIB) => format!("{}K", bytes / KIB),
         _ => format!("{bytes} bytes"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use vmferry_datapath::ByteLen;
+
+    use super::*;
+
+    fn guest(blocks: &[(&str, u64)], facts: &[(&str, &str)]) -> GuestFacts {
+        let block = |(name, mib): &(&str, u64)| RamBlock {
+            name: (*name).into(),
+            len: ByteLen(mib << 20),
+            page_bytes: 4096,
+        };
+        let facts: BTreeMap<_, _> = facts.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let layout = RamLayout::new(blocks.iter().map(block).collect()).unwrap();
+        GuestFacts { kind: "qemu".into(), name: "a".into(), facts, layout }
+    }
+
+    fn offer() -> Offer {
+        Offer {
+            attempt: AttemptId::from_bytes([1; 16]),
+            versions: vec![1, 2],
+            ciphers: vec![CipherSuite::Aes256Gcm],
+            compressions: vec![CompressionMode::Zstd, CompressionMode::Off],
+            lanes: 200,
+            verify: true,
+            guest: guest(&[("m0", 512), ("m1", 1024)], &[("machine", "pc-q35-10.0"), ("note-vmm", "10.0.2")]),
+        }
+    }
+
+    fn terms() -> TargetTerms {
+        TargetTerms {
+            versions: vec![1, 2, 3],
+            ciphers: vec![CipherSuite::Aes256Gcm],
+            compressions: vec![CompressionMode::Off, CompressionMode::Zstd],
+            lanes_max: 128,
+            guest: guest(&[("m0", 512), ("m1", 1024)], &[("machine", "pc-q35-10.0"), ("note-vmm", "10.1.0")]),
+        }
+    }
+
+    #[test]
+    fn the_newest_version_and_the_sources_preference_win() {
+        let agreement = negotiate(&offer(), &terms()).unwrap();
+        assert_eq!((agreement.version, agreement.lanes, agreement.verify), (2, LANES_MAX, true));
+        assert_eq!(agreement.compression, CompressionMode::Zstd);
+        assert_eq!(check_answer(&offer(), &agreement), Ok(()));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_its_fix() {
+        type Change = fn(&mut Offer, &mut TargetTerms);
+        let refusals: [(Change, &str); 9] = [
+            (
+                |_, t| t.versions = vec![7],
+                "the source speaks protocol version 1, 2 and the target 7; install the same vmferry on both hosts",
+            ),
+            (
+                |o, _| o.ciphers = vec![CipherSuite::Plaintext],
+                "the source wants plaintext and the target does not; give --tls-dir to the source, or --insecure-plaintext to both",
+            ),
+            (
+                |_, t| t.ciphers = vec![CipherSuite::Plaintext],
+                "the target wants plaintext and the source does not; give --tls-dir to the target, or --insecure-plaintext to both",
+            ),
+            (|o, _| o.lanes = 0, "the source offered no lane; give --lanes 1 or more there"),
+            (
+                |_, t| t.guest.kind = "process".into(),
+                "the source guest is a `qemu` and the target guest is a `process`; give both sides the same kind of --guest",
+            ),
+            (
+                |_, t| t.guest.facts = BTreeMap::from([("machine".into(), "pc-i440fx-10.0".into())]),
+                "`machine` is `pc-q35-10.0` at the source and `pc-i440fx-10.0` at the target; start the target guest with `pc-q35-10.0`",
+            ),
+            (
+                |_, t| t.guest = guest(&[("m0", 512), ("m1", 2048)], &[]),
+                "RAM block `m1` has 1G at the source and 2G at the target; start the target guest with 1G",
+            ),
+            (
+                |_, t| t.guest = guest(&[("m0", 512), ("x", 1024)], &[]),
+                "a RAM block is named `m1` at the source and `x` at the target; give the memory backends the same ids in the same order",
+            ),
+            (
+                |_, t| t.guest = guest(&[("m0", 512)], &[]),
+                "the source has a RAM block `m1` of 1G that the target lacks; add the same memory backend there",
+            ),
+        ];
+        for (change, sentence) in refusals {
+            let (mut offer, mut terms) = (offer(), terms());
+            change(&mut offer, &mut terms);
+            assert_eq!(negotiate(&offer, &terms).unwrap_err().sentence(), sentence);
+        }
+    }
+
+    #[test]
+    fn an_unknown_cipher_on_both_sides_is_no_common_cipher() {
+        let (mut offer, mut terms) = (offer(), terms());
+        offer.ciphers = vec![CipherSuite::Other];
+        terms.ciphers = vec![CipherSuite::Other];
+        assert_eq!(negotiate(&offer, &terms).unwrap_err().kind(), AbortKind::Plaintext);
+    }
+
+    #[test]
+    fn a_target_cannot_talk_the_source_down() {
+        type Change = fn(&mut Agreement);
+        let lies: [Change; 6] = [
+            |a| a.cipher = CipherSuite::Plaintext,
+            |a| a.version = 9,
+            |a| a.lanes = 0,
+            |a| a.lanes = 65,
+            |a| a.verify = false,
+            |a| a.attempt = AttemptId::from_bytes([2; 16]),
+        ];
+        for lie in lies {
+            let mut agreement = negotiate(&offer(), &terms()).unwrap();
+            lie(&mut agreement);
+            assert!(matches!(check_answer(&offer(), &agreement), Err(SessionError::PeerMisbehaved(_))));
+        }
     }
 }

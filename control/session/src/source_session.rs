@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use vmferry_datapath::{ByteLen, PageCount};
 
+use crate::blackout::BlackoutWatch;
 use crate::converge::{Converge, ConvergePlan, LastReport, RoundReport};
 use crate::limits::Limits;
-use crate::message::{Message, Offer, TargetTimes};
+use crate::message::Offer;
 use crate::phases::{PhaseLog, PhaseSpan};
 use crate::predict::{Forecast, MoveRecord, Predictor};
 use crate::source::{SourceAction, SourceEvent, SourceOutcome, SourceState};
@@ -55,10 +56,16 @@ pub struct SourceSession {
     converge: Converge,
     phases: PhaseLog,
     forecast: Option<Forecast>,
-    rounds: Vec<RoundReport>,
-    last: LastReport,
-    target: TargetTimes,
-    now: Duration,
+    tally: Tally,
+    blackout: BlackoutWatch,
+}
+
+/// The rounds so far, as sums: a move of a thousand rounds keeps no thousand reports.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    latest: RoundReport,
+    sent: PageCount,
+    wire: ByteLen,
 }
 
 impl SourceSession {
@@ -70,10 +77,8 @@ impl SourceSession {
             state: Some(state),
             converge: Converge::new(plan.converge, plan.predictor),
             forecast: None,
-            rounds: Vec::new(),
-            last: LastReport::default(),
-            target: TargetTimes::default(),
-            now,
+            tally: Tally::default(),
+            blackout: BlackoutWatch::default(),
         };
         (session, actions)
     }
@@ -81,32 +86,42 @@ impl SourceSession {
     /// Answers `CopyRound`.
     pub fn round_done(&mut self, report: &RoundReport, now: Duration) -> Vec<SourceAction> {
         let decision = self.converge.round_done(report);
-        self.rounds.push(*report);
+        self.tally = Tally {
+            latest: *report,
+            sent: self.tally.sent.plus(report.sent),
+            wire: self.tally.wire.plus(report.wire),
+        };
         self.forecast = Some(decision.forecast);
         self.handle(SourceEvent::RoundDone(decision.next), now)
     }
 
     /// Answers `SendLast`.
-    pub fn last_sent(&mut self, report: LastReport, now: Duration) -> Vec<SourceAction> {
-        self.last = report;
+    pub fn last_sent(&mut self, report: &LastReport, now: Duration) -> Vec<SourceAction> {
+        self.blackout.last_sent(report);
         self.handle(SourceEvent::LastSent, now)
+    }
+
+    /// Answers `SaveState`; `took` by the worker's own clock, because saving may run beside the last pages.
+    pub fn state_saved(&mut self, took: Duration, now: Duration) -> Vec<SourceAction> {
+        self.blackout.state_saved(took);
+        self.handle(SourceEvent::StateSaved, now)
     }
 
     /// Everything else that happens.
     pub fn handle(&mut self, event: SourceEvent, now: Duration) -> Vec<SourceAction> {
-        self.now = now;
-        self.note(&event);
+        self.note(&event, now);
         let Some(state) = self.state.take() else { return Vec::new() };
         let (state, actions) = state.step(event, now);
         self.phases.enter(state.name(), now);
+        for action in &actions {
+            self.blackout.begin(action, now);
+        }
         self.state = Some(state);
         actions
     }
 
-    fn note(&mut self, event: &SourceEvent) {
-        if let SourceEvent::Message(Message::Ready(times) | Message::Running(times)) = event {
-            self.target = *times;
-        }
+    fn note(&mut self, event: &SourceEvent, now: Duration) {
+        self.blackout.end(event, now);
         if let SourceEvent::ThrottleFailed(_) = event {
             self.converge.throttle_failed();
         }
@@ -124,20 +139,23 @@ impl SourceSession {
 
     /// For the live line.
     pub fn progress(&self) -> Progress {
-        let report = self.rounds.last().copied().unwrap_or_default();
-        let per_second = |bytes: u64, time: Duration| bytes as f64 / time.as_secs_f64().max(1e-9);
+        let report = self.tally.latest;
+        let per_second = |bytes: ByteLen, time: Duration| to_f64(bytes) / time.as_secs_f64().max(1e-6);
+        let throttle =
+            if let Some(SourceState::Copying(copying)) = &self.state { copying.throttle() } else { 0 };
         Progress {
             phase: self.phases.current(),
             round: report.round,
-            sent: self.rounds.iter().fold(PageCount(0), |sum, r| sum.plus(r.sent)).bytes(),
-            wire: self.rounds.iter().fold(ByteLen(0), |sum, r| sum.plus(r.wire)),
+            sent: self.tally.sent.bytes(),
+            wire: self.tally.wire,
             remaining: report.sent.plus(report.held).bytes(),
-            rate: per_second(report.wire.0, report.sending),
-            dirty_rate: per_second(report.dirty.bytes().0, report.since_last_scan),
-            throttle: match &self.state {
-                Some(SourceState::Copying(copying)) => copying.throttle(),
-                _ => 0,
+            rate: per_second(report.wire, report.sending),
+            dirty_rate: if report.round > 1 {
+                per_second(report.dirty.bytes(), report.since_last_scan)
+            } else {
+                0.0
             },
+            throttle,
             forecast: self.forecast.clone(),
         }
     }
@@ -152,13 +170,21 @@ impl SourceSession {
         self.forecast.as_ref()
     }
 
-    /// From the order to stop until the word that the guest runs, once it does.
+    /// From the order to stop until the word that the guest runs, once that came: half a round trip too long.
     pub fn blackout(&self) -> Option<Duration> {
-        None
+        self.blackout.total()
     }
 
     /// For the history, once the guest has moved.
     pub fn record(&self) -> Option<MoveRecord> {
-        None
+        let forecast = self.forecast.clone()?;
+        let blackout = self.blackout.total()?;
+        let measured_ms = self.blackout.terms_ms();
+        Some(MoveRecord { forecast, measured_ms, blackout_ms: blackout.as_secs_f64() * 1e3 })
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for a person's eye")]
+fn to_f64(bytes: ByteLen) -> f64 {
+    bytes.0 as f64
 }

@@ -180,11 +180,11 @@ impl TargetState {
             Self::Loading(state) => state.on(event, now),
             Self::Ready(state) => state.on(event, now),
             Self::Starting(state) => state.on(event, now),
-            Self::Ran(state) => state.on(event, now),
-            Self::Unwinding(state) => state.on(event),
-            Self::Discarding(state) => state.on(event, now),
-            Self::Refused(state) => state.on(event, now),
-            Self::Lost(state) => state.on(event, now),
+            Self::Ran(state) => state.on(&event, now),
+            Self::Unwinding(state) => state.on(&event),
+            Self::Discarding(state) => state.on(&event, now),
+            Self::Refused(state) => state.on(&event, now),
+            Self::Lost(state) => state.on(&event, now),
             Self::Ended(state) => (Self::Ended(state), Vec::new()),
         }
     }

@@ -85,22 +85,21 @@ impl InDoubt {
         (SourceState::InDoubt(self), Vec::new())
     }
 
-    fn on_message(mut self, message: Message, now: Duration) -> Step {
+    fn on_message(self, message: Message, now: Duration) -> Step {
         match message {
             Message::Running(_) => self.on_running(),
             Message::NeverRan { attempt, reason } => self.on_never_ran(attempt, reason),
             Message::Unknown { .. } => {
-                self.last = "the target that answers now does not know this attempt".into();
-                self.line = Line::Down { again_at: now + self.common.limits.ask_every };
-                self.stay()
+                let last = "the target that answers now does not know how this attempt ended";
+                self.ask_again_later(last.into(), now)
             }
+            Message::Refuse(reason) => self.ask_again_later(reason.sentence().to_owned(), now),
             Message::Ping(number) => {
                 (SourceState::InDoubt(self), vec![SourceAction::Send(Message::Pong(number))])
             }
             // Not an answer to Commit or Ask. A peer that talks nonsense now may still run the guest.
             Message::Offer(_)
             | Message::Answer(_)
-            | Message::Refuse(_)
             | Message::Final(_)
             | Message::Ready(_)
             | Message::Commit
@@ -109,6 +108,14 @@ impl InDoubt {
             | Message::Abort(_)
             | Message::Pong(_) => self.stay(),
         }
+    }
+
+    fn ask_again_later(mut self, last: String, now: Duration) -> Step {
+        self.last = last;
+        if !matches!(self.line, Line::Dialling) {
+            self.line = Line::Down { again_at: now + self.common.limits.ask_every };
+        }
+        self.stay()
     }
 
     fn on_running(self) -> Step {
@@ -168,8 +175,8 @@ impl InDoubt {
 
     fn on_dial_failed(mut self, error: &SessionError, now: Duration) -> Step {
         if matches!(self.line, Line::Dialling) {
-            self.last = error.to_string();
-            self.line = Line::Down { again_at: now + self.common.limits.ask_every };
+            self.line = Line::Up;
+            return self.ask_again_later(error.to_string(), now);
         }
         self.stay()
     }

@@ -1,5 +1,10 @@
 //! The source while the guest still runs: agree, prepare, copy rounds.
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "what a state leaves goes to `otherwise`, which lists every event"
+)]
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 

@@ -49,7 +49,6 @@ pub struct Ended {
 
 /// What is left of the guest's token at the end.
 #[derive(Debug)]
-#[expect(dead_code, reason = "the tokens end here on purpose: nobody else may hold them")]
 enum Remains {
     /// It runs here.
     Running(RunningToken),
@@ -189,7 +188,9 @@ impl Resuming {
                 let state = Self { turn: Turn::Driver, tries: self.tries + 1, ..self };
                 (SourceState::Resuming(state), vec![SourceAction::Resume(guest)])
             }
-            turn => (SourceState::Resuming(Self { turn, ..self }), Vec::new()),
+            turn @ (Turn::Wait { .. } | Turn::Driver) => {
+                (SourceState::Resuming(Self { turn, ..self }), Vec::new())
+            }
         }
     }
 }

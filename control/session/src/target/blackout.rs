@@ -1,5 +1,10 @@
 //! The target while the guest is paused: complete, load, wait for Commit, run.
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "what a state leaves goes to `otherwise`, which lists every event"
+)]
+
 use std::time::Duration;
 
 use super::end::{Discarding, Lost, Ran};

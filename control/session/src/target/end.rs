@@ -115,7 +115,7 @@ pub(super) fn unwind(common: Common, in_flight: Option<TargetWork>, cause: Sessi
 }
 
 impl Unwinding {
-    pub(super) fn on(self, event: TargetEvent) -> Step {
+    pub(super) fn on(self, event: &TargetEvent) -> Step {
         if event.answers() == Some(self.in_flight) {
             let next = Discarding { common: self.common, cause: self.cause, asker: Asker::Nobody };
             return (TargetState::Discarding(next), vec![TargetAction::Discard]);
@@ -130,8 +130,8 @@ impl Discarding {
         (TargetState::Discarding(Self { common, cause, asker: Asker::Source }), vec![TargetAction::Discard])
     }
 
-    pub(super) fn on(self, event: TargetEvent, now: Duration) -> Step {
-        if event != TargetEvent::Discarded {
+    pub(super) fn on(self, event: &TargetEvent, now: Duration) -> Step {
+        if *event != TargetEvent::Discarded {
             // A Commit or an Ask that comes now is answered below: the connection it came on is the newest.
             return (TargetState::Discarding(self), Vec::new());
         }
@@ -151,8 +151,8 @@ impl Refused {
         TargetAction::Send(Message::NeverRan { attempt: self.common.attempt, reason })
     }
 
-    pub(super) fn on(self, event: TargetEvent, now: Duration) -> Step {
-        match asked(&event, self.common.attempt, now >= self.until) {
+    pub(super) fn on(self, event: &TargetEvent, now: Duration) -> Step {
+        match asked(event, self.common.attempt, now >= self.until) {
             Asked::Again => {
                 let answer = self.answer();
                 (TargetState::Refused(self), vec![answer])
@@ -173,8 +173,8 @@ impl Ran {
         (TargetState::Ran(Self { common, times, until }), vec![answer])
     }
 
-    pub(super) fn on(self, event: TargetEvent, now: Duration) -> Step {
-        match asked(&event, self.common.attempt, now >= self.until) {
+    pub(super) fn on(self, event: &TargetEvent, now: Duration) -> Step {
+        match asked(event, self.common.attempt, now >= self.until) {
             Asked::Again => {
                 let answer = TargetAction::Send(Message::Running(self.times));
                 (TargetState::Ran(self), vec![answer])
@@ -193,8 +193,8 @@ impl Lost {
         (TargetState::Lost(Self { common, cause, until }), vec![answer])
     }
 
-    pub(super) fn on(self, event: TargetEvent, now: Duration) -> Step {
-        match asked(&event, self.common.attempt, now >= self.until) {
+    pub(super) fn on(self, event: &TargetEvent, now: Duration) -> Step {
+        match asked(event, self.common.attempt, now >= self.until) {
             Asked::Again => {
                 let attempt = self.common.attempt;
                 (TargetState::Lost(self), vec![TargetAction::Send(Message::Unknown { attempt })])

@@ -1,5 +1,10 @@
 //! The target until everything was sent: listen, prepare, receive.
 
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "what a state leaves goes to `otherwise`, which lists every event"
+)]
+
 use std::time::Duration;
 
 use super::{BeforeReady, Common, Completing, Step, TargetAction, TargetEvent, TargetOutcome, TargetState};

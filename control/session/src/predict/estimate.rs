@@ -1,0 +1,116 @@
+//! What is believed about one positive quantity: a posterior in logarithmic space.
+//!
+//! Normal with unknown mean and variance (conjugate: normal-inverse-gamma); what is predicted for the next value is
+//! a Student t, whose tails stay heavy until enough was seen. Older observations fade, because hosts change.
+
+/// Weight of the prior's mean, in observations.
+const PRIOR_MEAN_WEIGHT: f64 = 0.7;
+/// Degrees of freedom of the prior's variance, and the 95th percentile of a Student t with as many.
+const PRIOR_FREEDOM: f64 = 4.0;
+const PRIOR_T95: f64 = 2.132;
+/// No quantity here is shorter than a nanosecond or longer than a day, in milliseconds.
+const VALUE_RANGE: (f64, f64) = (1e-6, 8.64e7);
+
+/// The posterior of the logarithm of a quantity.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Estimate {
+    mean: f64,
+    mean_weight: f64,
+    freedom: f64,
+    squares: f64,
+    /// What an older observation is worth when a new one comes, 0 to 1.
+    memory: f64,
+}
+
+impl Estimate {
+    /// Believes p05 and p95; `memory` is what an observation is worth after the next one, 1 to keep all.
+    pub(super) fn from_interval((p05, p95): (f64, f64), memory: f64) -> Self {
+        let (low, high) = (ln(p05), ln(p95));
+        let mean_weight = PRIOR_MEAN_WEIGHT;
+        let scale = (high - low).abs() / (2.0 * PRIOR_T95);
+        // scale² = squares / freedom · (mean_weight + 1) / mean_weight, solved for squares
+        let squares = scale * scale * PRIOR_FREEDOM * mean_weight / (mean_weight + 1.0);
+        Self { mean: low.midpoint(high), mean_weight, freedom: PRIOR_FREEDOM, squares, memory }
+    }
+
+    /// One more was measured.
+    pub(super) fn observe(&mut self, value: f64) {
+        if !value.is_finite() || value <= 0.0 {
+            return;
+        }
+        self.fade();
+        let error = ln(value) - self.mean;
+        let weight = self.mean_weight + 1.0;
+        self.squares += error * error * self.mean_weight / weight;
+        self.mean += error / weight;
+        self.mean_weight = weight;
+        self.freedom += 1.0;
+    }
+
+    /// Older observations lose weight, down to that of the prior; the variance they showed is kept.
+    fn fade(&mut self) {
+        let variance = self.squares / self.freedom;
+        self.mean_weight = (self.mean_weight * self.memory).max(PRIOR_MEAN_WEIGHT);
+        self.freedom = (self.freedom * self.memory).max(PRIOR_FREEDOM);
+        self.squares = variance * self.freedom;
+    }
+
+    /// The middle.
+    pub(super) fn median(&self) -> f64 {
+        self.mean.exp()
+    }
+
+    /// The next value at the normal deviate `z`: 0 is the median, 1.645 the p95 of what is predicted.
+    pub(super) fn at(&self, z: f64) -> f64 {
+        let scale = (self.squares / self.freedom * (self.mean_weight + 1.0) / self.mean_weight).sqrt();
+        let value = (self.mean + scale * student(z, self.freedom)).exp();
+        value.clamp(VALUE_RANGE.0, VALUE_RANGE.1)
+    }
+}
+
+fn ln(value: f64) -> f64 {
+    value.clamp(VALUE_RANGE.0, VALUE_RANGE.1).ln()
+}
+
+/// The deviate of a Student t at the same probability as the normal deviate `z` (Cornish and Fisher's expansion;
+/// the bounds keep its far tail, where it is wrong, out of reach).
+fn student(z: f64, freedom: f64) -> f64 {
+    let z = z.clamp(-3.0, 3.0);
+    let (z3, z5) = (z.powi(3), z.powi(5));
+    z + (z3 + z) / (4.0 * freedom) + (5.0 * z5 + 16.0 * z3 + 3.0 * z) / (96.0 * freedom * freedom)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const Z95: f64 = 1.645;
+
+    #[test]
+    fn a_prior_gives_back_its_interval() {
+        let estimate = Estimate::from_interval((2.0, 15.0), 1.0);
+        assert!((estimate.at(-Z95) - 2.0).abs() < 0.1, "{}", estimate.at(-Z95));
+        assert!((estimate.at(Z95) - 15.0).abs() < 0.6, "{}", estimate.at(Z95));
+        assert!((estimate.median() - 30.0_f64.sqrt()).abs() < 1e-9);
+    }
+
+    #[test]
+    fn observations_move_and_narrow_it() {
+        let mut estimate = Estimate::from_interval((2.0, 15.0), 1.0);
+        for value in [30.0, 31.0, 29.0, 30.5, 29.5].repeat(10) {
+            estimate.observe(value);
+        }
+        assert!((estimate.median() - 30.0).abs() < 1.5, "{}", estimate.median());
+        assert!(estimate.at(Z95) / estimate.at(-Z95) < 2.5, "narrower than the prior's factor of 7.5");
+    }
+
+    #[test]
+    fn nonsense_is_no_observation() {
+        let mut estimate = Estimate::from_interval((1.0, 2.0), 1.0);
+        let before = estimate;
+        for value in [f64::NAN, f64::INFINITY, 0.0, -1.0] {
+            estimate.observe(value);
+        }
+        assert_eq!(estimate, before);
+    }
+}

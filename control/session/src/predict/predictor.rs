@@ -1,0 +1,156 @@
+//! All terms together.
+
+use std::collections::BTreeMap;
+
+use super::calibrate::Calibration;
+use super::estimate::Estimate;
+use super::residue::Residue;
+use super::sample::{Deviates, SAMPLES, interval};
+use super::{Forecast, History, Priors, SaveOrder, Term};
+use crate::converge::RoundReport;
+
+/// A rate is learned from rounds of at least this many pages; smaller ones measure latency.
+const RATE_PAGES_MIN: f64 = 1024.0;
+/// Milliseconds a page: 4 KiB at 5 GB/s and at 0.2 GB/s.
+const PAGE_MS: (f64, f64) = (0.0008, 0.02);
+/// Milliseconds to get even one page across: a wake-up a lane, and a flush.
+const FLUSH_MS: (f64, f64) = (0.1, 1.5);
+/// The last pages' measured time over the predicted one.
+const PAGES_ERROR: (f64, f64) = (0.75, 1.4);
+/// What a term's observation is worth after the next one: hosts change over hundreds of moves, not over ten.
+const TERM_MEMORY: f64 = 0.97;
+/// What a round's rate is worth after the next one: links change while we look.
+const ROUND_MEMORY: f64 = 0.7;
+
+/// Terms that are learned from the history of moves.
+const LEARNED: [Term; 7] =
+    [Term::Stop, Term::Scan, Term::Save, Term::Close, Term::Load, Term::Handover, Term::Run];
+
+/// Learns while a move runs and says how long its blackout would be.
+#[derive(Clone, Debug)]
+pub struct Predictor {
+    save_order: SaveOrder,
+    terms: BTreeMap<Term, Estimate>,
+    page_ms: Estimate,
+    flush_ms: Estimate,
+    pages_error: Estimate,
+    residue: Residue,
+    pinned: f64,
+    calibration: Calibration,
+}
+
+/// One sample of every term, in milliseconds.
+struct Draw {
+    terms: BTreeMap<Term, f64>,
+    pages: f64,
+}
+
+impl Predictor {
+    /// From what is assumed, and from the moves before this one.
+    pub fn new(priors: Priors, history: &History) -> Self {
+        let mut terms = BTreeMap::new();
+        for term in LEARNED {
+            let Some(prior) = priors.of(term) else { continue };
+            let mut estimate = Estimate::from_interval(prior, TERM_MEMORY);
+            history.records().filter_map(|r| r.measured_ms.get(&term)).for_each(|ms| estimate.observe(*ms));
+            terms.insert(term, estimate);
+        }
+        let mut pages_error = Estimate::from_interval(PAGES_ERROR, TERM_MEMORY);
+        for record in history.records() {
+            let predicted = record.forecast.terms.get(&Term::Pages).map_or(0.0, |pages| pages.p50_ms);
+            let measured = record.measured_ms.get(&Term::Pages).copied().unwrap_or(0.0);
+            if predicted > 0.0 {
+                pages_error.observe(measured / predicted);
+            }
+        }
+        Self {
+            save_order: priors.save_order,
+            terms,
+            page_ms: Estimate::from_interval(PAGE_MS, ROUND_MEMORY),
+            flush_ms: Estimate::from_interval(FLUSH_MS, ROUND_MEMORY),
+            pages_error,
+            residue: Residue::new(),
+            pinned: 0.0,
+            calibration: Calibration::learn(history.records.iter()),
+        }
+    }
+
+    /// A round ended.
+    pub fn observe(&mut self, report: &RoundReport) {
+        if let Some(scan) = self.terms.get_mut(&Term::Scan) {
+            scan.observe(report.scan.as_secs_f64() * 1e3);
+        }
+        self.observe_rate(report);
+        self.residue.observe(report);
+        self.pinned = count(report.pinned.0);
+    }
+
+    /// Round 1 is full of zero pages, which cost a bit; later rounds have the mix that the last one will have.
+    fn observe_rate(&mut self, report: &RoundReport) {
+        let free = if report.round <= 1 { report.zero.0 } else { 0 };
+        let pages = count(report.sent.0.saturating_sub(free));
+        let ms = report.sending.as_secs_f64() * 1e3;
+        if pages >= RATE_PAGES_MIN {
+            self.page_ms.observe(ms / pages);
+        } else if pages > 0.0 {
+            self.flush_ms.observe((ms - pages * self.page_ms.median()).max(0.02));
+        }
+    }
+
+    /// Milliseconds a page, as measured: for sentences.
+    pub(crate) fn page_ms(&self) -> f64 {
+        self.page_ms.median()
+    }
+
+    /// The blackout, if the switchover came now.
+    pub fn forecast(&self) -> Forecast {
+        let mut deviates = Deviates::new();
+        let draws: Vec<Draw> = (0..SAMPLES).map(|_| self.draw(&mut deviates)).collect();
+        let raw = interval(draws.iter().map(|draw| self.sum(draw, Draw::term)).collect());
+        let no_pages = |draw: &Draw, term| if term == Term::Pages { 0.0 } else { draw.term(term) };
+        let floor = interval(draws.iter().map(|draw| self.sum(draw, no_pages)).collect());
+        let of_term = |term: Term| interval(draws.iter().map(|draw| draw.term(term)).collect());
+        let pages = interval(draws.iter().map(|draw| draw.pages).collect()).p50_ms;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count of pages")]
+        let pages = pages as u64;
+        Forecast {
+            total: self.calibration.apply(raw),
+            raw,
+            floor: self.calibration.apply(floor),
+            terms: LEARNED.into_iter().chain([Term::Pages]).map(|term| (term, of_term(term))).collect(),
+            pages,
+        }
+    }
+
+    fn draw(&self, deviates: &mut Deviates) -> Draw {
+        let mut terms: BTreeMap<Term, f64> =
+            self.terms.iter().map(|(term, estimate)| (*term, estimate.at(deviates.normal()))).collect();
+        // The guest writes on until it is stopped.
+        let extra = terms.get(&Term::Stop).copied().unwrap_or(0.0) / 1e3;
+        let pages = self.residue.at(extra, deviates.normal(), deviates.normal()) + self.pinned;
+        let sending = self.flush_ms.at(deviates.normal()) + pages * self.page_ms.at(deviates.normal());
+        terms.insert(Term::Pages, sending * self.pages_error.at(deviates.normal()));
+        Draw { terms, pages }
+    }
+
+    fn sum(&self, draw: &Draw, of: impl Fn(&Draw, Term) -> f64) -> f64 {
+        let of = |term| of(draw, term);
+        let moving = of(Term::Scan) + of(Term::Pages);
+        let paused = match self.save_order {
+            SaveOrder::BesidePages => moving.max(of(Term::Save)),
+            SaveOrder::AfterPages => moving + of(Term::Save),
+        };
+        of(Term::Stop) + paused + of(Term::Close) + of(Term::Load) + of(Term::Handover) + of(Term::Run)
+    }
+}
+
+impl Draw {
+    fn term(&self, term: Term) -> f64 {
+        self.terms.get(&term).copied().unwrap_or(0.0)
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "page counts stay far below 2^52")]
+fn count(pages: u64) -> f64 {
+    pages as f64
+}
