@@ -27,7 +27,7 @@ use vmferry_datapath::{
     CombinedLog, DirtyLog, PageIndex, PageSet, PagemapLog, RamLayout, SoftDirtyLog, WatchedArea,
 };
 
-pub use kernel::kernel_support;
+pub use kernel::{kernel_support, soft_dirty_support};
 
 use crate::GuestError;
 use halt::ThreadHalt;
@@ -139,7 +139,9 @@ pub fn track(vmm: i32, layout: &RamLayout, blocks: &[BlockPlace]) -> Result<Trac
             Err(fault) => {
                 add_pages(&writer.areas, &mut watch.pinned);
                 let why = refusal::explain(writer.process, fault);
-                watch.notes.push(format!("pages that {} writes travel in the blackout: {why}", writer.name()));
+                watch
+                    .notes
+                    .push(format!("pages that {} writes travel in the blackout: {why}", writer.name()));
             }
         }
     }
@@ -151,7 +153,8 @@ pub fn track(vmm: i32, layout: &RamLayout, blocks: &[BlockPlace]) -> Result<Trac
 }
 
 fn look_everywhere(blocks: &[BlockPlace]) -> Result<(Vec<Writer>, usize), GuestError> {
-    Writer::look_everywhere(blocks).map_err(GuestError::refused("cannot read /proc; mount it, without hidepid"))
+    Writer::look_everywhere(blocks)
+        .map_err(GuestError::refused("cannot read /proc; mount it, without hidepid"))
 }
 
 /// How dirty pages are found, the same for all writers.
@@ -167,7 +170,7 @@ impl Method {
     fn choose() -> Result<Method, GuestError> {
         match kernel_support() {
             Ok(_) => Ok(Method::Scan),
-            Err(why) if kernel::soft_dirty_support() => Ok(Method::SoftDirty(why)),
+            Err(why) if soft_dirty_support() => Ok(Method::SoftDirty(why)),
             Err(why) => Err(GuestError::HostRefused {
                 what: format!(
                     "{why}, and this kernel has no soft-dirty bits either (CONFIG_MEM_SOFT_DIRTY): nothing here can \
@@ -197,15 +200,19 @@ impl Method {
             }
             Method::SoftDirty(_) => {
                 let clear_refs = proc_file(writer.process, "clear_refs", true)?;
-                Box::new(SoftDirtyLog::new(pagemap, clear_refs, areas, Box::new(ThreadHalt::of(writer.process))))
+                Box::new(SoftDirtyLog::new(
+                    pagemap,
+                    clear_refs,
+                    areas,
+                    Box::new(ThreadHalt::of(writer.process)),
+                ))
             }
         })
     }
 }
 
 fn proc_file(process: i32, name: &str, writable: bool) -> Result<File, InjectFault> {
-    let opened =
-        OpenOptions::new().read(!writable).write(writable).open(format!("/proc/{process}/{name}"));
+    let opened = OpenOptions::new().read(!writable).write(writable).open(format!("/proc/{process}/{name}"));
     opened.map_err(|error| match error.raw_os_error() {
         Some(libc::ENOENT | libc::ESRCH) => InjectFault::Gone,
         errno => InjectFault::NotPermitted(errno.unwrap_or(libc::EPERM)),

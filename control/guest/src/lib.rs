@@ -14,6 +14,7 @@ mod open;
 pub mod process;
 pub mod qemu;
 mod spec;
+mod throttle;
 
 pub use error::{Blame, GuestError};
 pub use guest::{Description, SourceGuest, TargetGuest};

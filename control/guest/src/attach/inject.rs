@@ -59,7 +59,8 @@ pub(crate) fn inject(process: i32, ranges: &[(u64, u64)]) -> Result<OwnedFd, Inj
     let mut tracee = seize(process)?;
     let theirs = make(&mut tracee)?;
     let taken = register_all(&mut tracee, theirs, ranges).and_then(|()| {
-        let number = i32::try_from(theirs).map_err(|_| InjectFault::Other("its descriptor has no number".into()))?;
+        let number =
+            i32::try_from(theirs).map_err(|_| InjectFault::Other("its descriptor has no number".into()))?;
         pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).map_err(|errno| match errno {
             rustix::io::Errno::PERM => InjectFault::NotPermitted(errno.raw_os_error()),
             _ => InjectFault::Unsupported("pidfd_getfd".into(), errno.raw_os_error()),
@@ -94,7 +95,8 @@ fn seize(process: i32) -> Result<Tracee, InjectFault> {
 /// The thread ids of a process, the first thread first.
 pub(crate) fn threads(process: i32) -> Vec<i32> {
     let entries = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
-    let mut threads: Vec<i32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    let mut threads: Vec<i32> =
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     threads.sort_unstable_by_key(|thread| (*thread != process, *thread));
     threads
 }
@@ -104,7 +106,7 @@ fn make(tracee: &mut Tracee) -> Result<u64, InjectFault> {
     let flags = u64::from((libc::O_CLOEXEC | libc::O_NONBLOCK).cast_unsigned());
     let mut made = tracee.call(libc::SYS_userfaultfd, [flags, 0, 0])?;
     if made == Err(Errno::EPERM) {
-        made = tracee.call(libc::SYS_userfaultfd, [flags | USER_MODE_ONLY, 0, 0])?;
+        made = tracee.call(libc::SYS_userfaultfd, [flags | u64::from(USER_MODE_ONLY), 0, 0])?;
     }
     let theirs = made.map_err(|errno| InjectFault::Unsupported("userfaultfd".into(), raw(errno)))?;
     match request(tracee, theirs, API_REQUEST, &api_words()) {
@@ -131,10 +133,10 @@ fn register_all(tracee: &mut Tracee, theirs: u64, ranges: &[(u64, u64)]) -> Resu
 fn request(
     tracee: &mut Tracee,
     theirs: u64,
-    request: u64,
+    request: u32,
     bytes: &[u8],
 ) -> Result<Result<(), Errno>, TraceFault> {
     tracee.put(bytes)?;
-    let outcome = tracee.call(libc::SYS_ioctl, [theirs, request, tracee.scratch()])?;
+    let outcome = tracee.call(libc::SYS_ioctl, [theirs, u64::from(request), tracee.scratch()])?;
     Ok(outcome.map(|_| ()))
 }

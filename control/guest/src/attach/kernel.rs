@@ -2,7 +2,9 @@
 #![expect(unsafe_code, reason = "userfaultfd has no safe wrapper")]
 
 use std::ffi::c_void;
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 
 use linux_raw_sys::general::{
     UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
@@ -10,12 +12,12 @@ use linux_raw_sys::general::{
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
-use vmferry_datapath::SoftDirtyLog;
+use vmferry_datapath::PAGE_BYTES;
 
 /// `UFFDIO_API` and `UFFDIO_REGISTER` of <linux/userfaultfd.h>.
-pub(crate) const API_REQUEST: u64 = 0xc018_aa3f;
+pub(crate) const API_REQUEST: u32 = 0xc018_aa3f;
 /// See [`API_REQUEST`].
-pub(crate) const REGISTER_REQUEST: u64 = 0xc020_aa00;
+pub(crate) const REGISTER_REQUEST: u32 = 0xc020_aa00;
 /// The handshake's constant, `UFFD_API`.
 const API: u64 = 0xaa;
 /// `UFFDIO_REGISTER_MODE_WP`.
@@ -26,7 +28,7 @@ const FEATURES: u64 =
     (UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM) as u64;
 /// Faults of user mode only: what an unprivileged process may have. Enough here: asynchronous protection is lifted
 /// by the kernel itself, in either mode.
-pub(crate) const USER_MODE_ONLY: u64 = 1;
+pub(crate) const USER_MODE_ONLY: u32 = 1;
 
 /// `struct uffdio_api`, asking for what tracking needs.
 pub(crate) fn api_words() -> [u8; 24] {
@@ -49,7 +51,10 @@ fn words<const WORDS: usize, const BYTES: usize>(values: [u64; WORDS]) -> [u8; B
 /// Whether this kernel can track by `PAGEMAP_SCAN`, in words.
 pub fn kernel_support() -> Result<String, String> {
     let (descriptor, how) = match open(UserfaultfdFlags::CLOEXEC) {
-        Err(Errno::PERM) => (open(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::USER_MODE_ONLY), ", user mode only"),
+        Err(Errno::PERM) => (
+            open(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY)),
+            ", user mode only",
+        ),
         other => (other, ""),
     };
     let descriptor = descriptor.map_err(|errno| match errno {
@@ -59,14 +64,24 @@ pub fn kernel_support() -> Result<String, String> {
     // SAFETY: UFFDIO_API only reads and writes the struct that `Api` owns.
     match unsafe { ioctl(&descriptor, Api(api_words())) } {
         Ok(()) => Ok(format!("userfaultfd with asynchronous write protection{how}")),
-        Err(Errno::INVAL) => Err("asynchronous write protection is not in this kernel (it came with Linux 6.7)".into()),
+        Err(Errno::INVAL) => {
+            Err("asynchronous write protection is not in this kernel (it came with Linux 6.7)".into())
+        }
         Err(errno) => Err(format!("userfaultfd answers {errno}")),
     }
 }
 
-/// Whether the older way works: soft-dirty bits.
-pub(crate) fn soft_dirty_support() -> bool {
-    SoftDirtyLog::kernel_support()
+/// Whether the older way works: a page that was just written has its soft-dirty bit set.
+#[must_use]
+pub fn soft_dirty_support() -> bool {
+    const ENTRY_BYTES: u64 = 8;
+    const SOFT_DIRTY: u64 = 1 << 55;
+    let fresh = std::hint::black_box(vec![1_u8; PAGE_BYTES]);
+    let page = fresh.as_ptr().addr() / PAGE_BYTES;
+    let mut entry = [0; 8];
+    File::open("/proc/self/pagemap")
+        .and_then(|pagemap| pagemap.read_exact_at(&mut entry, page as u64 * ENTRY_BYTES))
+        .is_ok_and(|()| u64::from_le_bytes(entry) & SOFT_DIRTY != 0)
 }
 
 fn open(flags: UserfaultfdFlags) -> rustix::io::Result<OwnedFd> {
@@ -102,8 +117,8 @@ mod tests {
 
     #[test]
     fn request_numbers_are_the_kernels() {
-        assert_eq!(API_REQUEST, u64::from(UFFDIO_API));
-        assert_eq!(REGISTER_REQUEST, u64::from(UFFDIO_REGISTER));
+        assert_eq!(API_REQUEST, UFFDIO_API);
+        assert_eq!(REGISTER_REQUEST, UFFDIO_REGISTER);
     }
 
     #[test]

@@ -74,10 +74,14 @@ mod tests {
 
     #[test]
     fn a_line_of_shared_memory_is_read() {
-        let line = "7f0000000000-7f0040000000 rw-s 00200000 00:1a 42                      /dev/shm/a b (deleted)";
+        let line =
+            "7f0000000000-7f0040000000 rw-s 00200000 00:1a 42                      /dev/shm/a b (deleted)";
         let mapping = parse(line).unwrap();
         let inode = Inode { device: (0, 0x1a), number: 42 };
-        assert_eq!((mapping.start, mapping.end, mapping.offset), (0x7f00_0000_0000, 0x7f00_4000_0000, 0x20_0000));
+        assert_eq!(
+            (mapping.start, mapping.end, mapping.offset),
+            (0x7f00_0000_0000, 0x7f00_4000_0000, 0x20_0000)
+        );
         assert_eq!(mapping.path, "/dev/shm/a b (deleted)");
         assert!(mapping.writes(inode));
         assert!(!parse(&line.replace("rw-s", "r--s")).unwrap().writes(inode));

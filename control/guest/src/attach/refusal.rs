@@ -32,7 +32,9 @@ pub(crate) fn explain(process: i32, fault: InjectFault) -> GuestError {
              post-copy); end that one first"
         )),
         InjectFault::Register(address, errno) => GuestError::HostRefused {
-            what: format!("the memory of {name} at {address:#x} cannot be write-protected; update the kernel to 6.7 or newer"),
+            what: format!(
+                "the memory of {name} at {address:#x} cannot be write-protected; update the kernel to 6.7 or newer"
+            ),
             source: io::Error::from_raw_os_error(errno),
         },
         InjectFault::Other(why) => GuestError::misbehaved(format!("{name} cannot be tracked: {why}")),
@@ -55,7 +57,9 @@ fn not_permitted(process: i32, name: &str, errno: i32) -> String {
         _ => "",
     };
     let filter = match errno {
-        libc::EACCES => "; if you are root already, look for a security module (AppArmor, SELinux) that denies ptrace",
+        libc::EACCES => {
+            "; if you are root already, look for a security module (AppArmor, SELinux) that denies ptrace"
+        }
         _ => "",
     };
     format!(

@@ -8,7 +8,10 @@
 //! The registers include `orig_rax` and the interrupted call's result, so the kernel restarts that call as if
 //! nothing had been. What must never happen: a step from inside a restartable sequence (`rseq`), which the kernel
 //! would then no longer abort; such a moment is let pass.
-#![expect(unsafe_code, reason = "nix has no wrapper for the signal mask and the rseq configuration of a tracee")]
+#![expect(
+    unsafe_code,
+    reason = "nix has no wrapper for the signal mask and the rseq configuration of a tracee"
+)]
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -95,9 +98,16 @@ impl Tracee {
         // From here on every path out detaches.
         let prepared = prepare(thread, &memory);
         match prepared {
-            Ok((registers, mask, scratch, scratch_before)) => {
-                Ok(Tracee { thread, memory, registers, mask, gate, scratch, scratch_before, undelivered: None })
-            }
+            Ok((registers, mask, scratch, scratch_before)) => Ok(Tracee {
+                thread,
+                memory,
+                registers,
+                mask,
+                gate,
+                scratch,
+                scratch_before,
+                undelivered: None,
+            }),
             Err(fault) => {
                 let _ = ptrace::detach(thread, None);
                 Err(fault)
@@ -117,7 +127,11 @@ impl Tracee {
     }
 
     /// Runs one system call in the thread. The outer error is ptrace's, the inner one the call's.
-    pub(crate) fn call(&mut self, number: i64, arguments: [u64; 3]) -> Result<Result<u64, Errno>, TraceFault> {
+    pub(crate) fn call(
+        &mut self,
+        number: i64,
+        arguments: [u64; 3],
+    ) -> Result<Result<u64, Errno>, TraceFault> {
         let mut registers = self.registers;
         registers.rip = self.gate;
         registers.rax = number.cast_unsigned();
@@ -140,7 +154,9 @@ impl Tracee {
             match waitpid(self.thread, Some(WaitPidFlag::__WALL))? {
                 WaitStatus::Stopped(_, Signal::SIGTRAP) => return Ok(()),
                 WaitStatus::Stopped(_, Signal::SIGSYS) => {
-                    return Err(TraceFault::Unfit("its seccomp filter forbids the calls that tracking needs"));
+                    return Err(TraceFault::Unfit(
+                        "its seccomp filter forbids the calls that tracking needs",
+                    ));
                 }
                 WaitStatus::Stopped(_, signal) => self.undelivered = Some(signal),
                 WaitStatus::PtraceEvent(..) => {}
@@ -222,10 +238,14 @@ fn in_restartable_sequence(thread: Pid, memory: &File, instruction: u64) -> bool
 fn syscall_instruction(process: i32) -> Result<u64, TraceFault> {
     let mappings = maps::of_process(process).map_err(TraceFault::Memory)?;
     let memory = File::open(format!("/proc/{process}/mem")).map_err(TraceFault::Memory)?;
-    let vdso = mappings.iter().find(|mapping| mapping.path == "[vdso]").ok_or(TraceFault::Unfit("it has no vdso"))?;
+    let vdso = mappings
+        .iter()
+        .find(|mapping| mapping.path == "[vdso]")
+        .ok_or(TraceFault::Unfit("it has no vdso"))?;
     let mut code = vec![0; usize::try_from(vdso.end - vdso.start).unwrap_or(0)];
     memory.read_exact_at(&mut code, vdso.start).map_err(TraceFault::Memory)?;
-    let at = code.windows(2).position(|pair| pair == SYSCALL).ok_or(TraceFault::Unfit("its vdso has no gate"))?;
+    let at =
+        code.windows(2).position(|pair| pair == SYSCALL).ok_or(TraceFault::Unfit("its vdso has no gate"))?;
     Ok(vdso.start + at as u64)
 }
 

@@ -120,7 +120,8 @@ mod tests {
     fn a_split_mapping_is_no_news_but_another_place_is() {
         let area = |address, len, page| WatchedArea { address, len, first_page: PageIndex(page) };
         let known = Writer { process: 1, areas: vec![area(0x10_0000, 0x8000, 0)] };
-        let split = Writer { process: 1, areas: vec![area(0x10_0000, 0x3000, 0), area(0x10_3000, 0x5000, 3)] };
+        let split =
+            Writer { process: 1, areas: vec![area(0x10_0000, 0x3000, 0), area(0x10_3000, 0x5000, 3)] };
         assert_eq!(known.lacks(&split), []);
         let moved = Writer { process: 1, areas: vec![area(0x20_0000, 0x1000, 0)] };
         assert_eq!(known.lacks(&moved), moved.areas);

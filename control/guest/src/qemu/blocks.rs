@@ -73,7 +73,8 @@ pub(crate) fn find(qmp: &mut Qmp, writable: bool) -> Result<FoundRam, GuestError
     ours.sort_by(|a, b| a.name.cmp(&b.name));
     let vmm = vmm_process(qmp, &ours)?;
     let mappings = maps::of_process(vmm).map_err(cannot_look(vmm))?;
-    let pieces = ours.iter().map(|line| open_block(vmm, &mappings, line, writable)).collect::<Result<Vec<_>, _>>()?;
+    let pieces =
+        ours.iter().map(|line| open_block(vmm, &mappings, line, writable)).collect::<Result<Vec<_>, _>>()?;
     let blocks = ours
         .iter()
         .zip(&pieces)
@@ -92,7 +93,13 @@ pub(crate) fn find(qmp: &mut Qmp, writable: bool) -> Result<FoundRam, GuestError
     };
     let places = pieces.iter().enumerate().map(place).collect();
     let in_stream = others.iter().map(|line| format!("{} ({} KiB)", line.name, line.used >> 10)).collect();
-    Ok(FoundRam { layout, files: pieces.into_iter().map(|piece| piece.file).collect(), places, vmm, in_stream })
+    Ok(FoundRam {
+        layout,
+        files: pieces.into_iter().map(|piece| piece.file).collect(),
+        places,
+        vmm,
+        in_stream,
+    })
 }
 
 fn backends(qmp: &mut Qmp) -> Result<Vec<Backend>, GuestError> {
@@ -198,7 +205,9 @@ fn has_blocks(pid: i32, blocks: &[BlockLine]) -> bool {
     let Ok(mappings) = maps::of_process(pid) else { return false };
     blocks.iter().all(|block| {
         mappings.iter().any(|mapping| {
-            mapping.shared && mapping.inode.number != 0 && (mapping.start..mapping.end).contains(&block.address)
+            mapping.shared
+                && mapping.inode.number != 0
+                && (mapping.start..mapping.end).contains(&block.address)
         })
     })
 }
@@ -227,7 +236,8 @@ fn open_block(
         ),
         source: std::io::ErrorKind::PermissionDenied.into(),
     })?;
-    let statistics = fstatfs(&file).map_err(GuestError::refused(format!("cannot look at {}", mapping.path)))?;
+    let statistics =
+        fstatfs(&file).map_err(GuestError::refused(format!("cannot look at {}", mapping.path)))?;
     let page_bytes = match u64::try_from(statistics.f_type).unwrap_or(0) {
         TMPFS_MAGIC => 4096,
         HUGETLBFS_MAGIC => u32::try_from(statistics.f_bsize).unwrap_or(0),
@@ -257,12 +267,18 @@ fn open_inode(vmm: i32, mapping: &Mapping, writable: bool) -> Option<File> {
         let same_name = |path: &std::path::Path| {
             std::fs::read_link(path).is_ok_and(|link| link.to_string_lossy() == mapping.path.as_str())
         };
-        descriptors.flatten().map(|entry| entry.path()).filter(|path| same_name(path)).find_map(|path| open(&path))
+        descriptors
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| same_name(path))
+            .find_map(|path| open(&path))
     })
 }
 
 fn cannot_look(vmm: i32) -> impl FnOnce(std::io::Error) -> GuestError {
-    GuestError::refused(format!("cannot read /proc/{vmm}/maps; run vmferry as root or as the user of the VMM"))
+    GuestError::refused(format!(
+        "cannot read /proc/{vmm}/maps; run vmferry as root or as the user of the VMM"
+    ))
 }
 
 #[cfg(test)]
@@ -290,7 +306,8 @@ mod tests {
 
     #[test]
     fn private_memory_is_refused_with_the_option_to_add() {
-        let backend = Backend { id: "ram0".into(), bytes: 1 << 30, kind: "memory-backend-ram".into(), shared: false };
+        let backend =
+            Backend { id: "ram0".into(), bytes: 1 << 30, kind: "memory-backend-ram".into(), shared: false };
         let sentence = check(&backend).unwrap_err().to_string();
         assert!(sentence.contains("memory-backend-file,id=ram0,size=1024M"), "{sentence}");
         assert!(sentence.contains("share=on -machine memory-backend=ram0"), "{sentence}");

@@ -75,7 +75,10 @@ impl Qmp {
             other => other,
         })?;
         if greeting.get("QMP").is_none() {
-            return Err(GuestError::mistake(format!("{} is no QMP socket: it answered {greeting}", qmp.name)));
+            return Err(GuestError::mistake(format!(
+                "{} is no QMP socket: it answered {greeting}",
+                qmp.name
+            )));
         }
         qmp.execute("qmp_capabilities", Value::Null)?;
         Ok(qmp)
@@ -191,7 +194,10 @@ impl Qmp {
             if let Some(end) = self.unread[searched..].iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.unread.drain(..=searched + end).collect();
                 return serde_json::from_slice(&line).map_err(|error| {
-                    GuestError::misbehaved(format!("QEMU at {} sent no JSON: {error}; check the socket", self.name))
+                    GuestError::misbehaved(format!(
+                        "QEMU at {} sent no JSON: {error}; check the socket",
+                        self.name
+                    ))
                 });
             }
             searched = self.unread.len();
@@ -222,7 +228,9 @@ impl Qmp {
                 Ok(())
             }
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Ok(()),
-            Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {
+            Err(error)
+                if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) =>
+            {
                 Err(silent())
             }
             Err(error) => Err(self.lost("read", &error)),
@@ -325,9 +333,12 @@ mod tests {
 
     #[test]
     fn an_error_carries_qemus_words() {
-        let (_folder, mut qmp) =
-            monitor(|command| vec![json!({ "error": { "class": "GenericError", "desc": "no" }, "id": command["id"] })]);
-        let Err(QmpFailure::Refused(sentence)) = qmp.execute("cont", Value::Null) else { panic!("not refused") };
+        let (_folder, mut qmp) = monitor(|command| {
+            vec![json!({ "error": { "class": "GenericError", "desc": "no" }, "id": command["id"] })]
+        });
+        let Err(QmpFailure::Refused(sentence)) = qmp.execute("cont", Value::Null) else {
+            panic!("not refused")
+        };
         assert_eq!(sentence, "QEMU refused `cont`: no");
     }
 

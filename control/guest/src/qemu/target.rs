@@ -1,28 +1,68 @@
 //! A QEMU that waits for a guest.
+//!
+//! `prepare` does what can be done while the source still runs: QEMU already listens on our socket when the state
+//! comes. It is also told to `stop`, which in a QEMU that waits means: do not start by yourself, whatever the stream
+//! says. What must never happen: a target that runs before `run`.
 
-use std::io::Read;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
-use vmferry_datapath::{ByteLen, GuestRam};
+use serde_json::{Value, json};
+use vmferry_datapath::{Access, ByteLen, GuestRam};
 
+use super::blocks::{self, FoundRam};
+use super::facts;
+use super::migration::{self, Mark};
+use super::qmp::{Qmp, QmpFailure};
+use super::source::end;
+use super::stream::{Preface, RelayFault, relay};
 use crate::{Description, GuestError, TargetGuest};
+
+/// The name under which QEMU keeps its end of the state socket.
+const STATE_NAME: &str = "vmferry-state";
 
 /// A QEMU started with `-incoming defer`.
 pub struct QemuTarget {
+    qmp: Qmp,
     description: Description,
     ram: Arc<GuestRam>,
-}
-
-fn absent() -> GuestError {
-    GuestError::Bug("the QEMU adapter is not there yet".into())
+    state: Option<UnixStream>,
+    runs_next: bool,
 }
 
 impl QemuTarget {
     /// Connects to a QEMU that was started with `-incoming defer`.
-    pub fn open(qmp: &Path) -> Result<QemuTarget, GuestError> {
-        let _ = qmp;
-        Err(absent())
+    pub fn open(socket: &Path) -> Result<QemuTarget, GuestError> {
+        let mut qmp = Qmp::connect(socket)?;
+        must_be_waiting(&mut qmp)?;
+        let found = blocks::find(&mut qmp, true)?;
+        let description = facts::describe(&mut qmp, socket, &found)?;
+        let FoundRam { layout, files, .. } = found;
+        let ram = Arc::new(GuestRam::map(layout, files, Access::ReadWrite)?);
+        Ok(QemuTarget { qmp, description, ram, state: None, runs_next: false })
+    }
+
+    fn listen(&mut self) -> Result<(), GuestError> {
+        let (ours, theirs) = UnixStream::pair().map_err(GuestError::refused("cannot make a socket pair"))?;
+        ours.set_write_timeout(Some(migration::STATE_TIMEOUT))
+            .map_err(GuestError::refused("cannot set a deadline"))?;
+        let pending = self.qmp.send("getfd", json!({ "fdname": STATE_NAME }), Some(theirs.as_fd()))?;
+        self.qmp.answer(pending)?;
+        let uri = format!("fd:{STATE_NAME}");
+        // With exit-on-error (QEMU 9.1) a refused state leaves QEMU there to say why.
+        match self.qmp.execute("migrate-incoming", json!({ "uri": uri, "exit-on-error": false })) {
+            Err(QmpFailure::Refused(_)) => {
+                self.qmp.execute("migrate-incoming", json!({ "uri": uri }))?;
+            }
+            other => {
+                other?;
+            }
+        }
+        self.state = Some(ours);
+        Ok(())
     }
 }
 
@@ -30,17 +70,80 @@ impl TargetGuest for QemuTarget {
     fn description(&self) -> &Description {
         &self.description
     }
+
     fn ram(&self) -> Arc<GuestRam> {
         Arc::clone(&self.ram)
     }
+
     fn prepare(&mut self) -> Result<(), GuestError> {
-        Err(absent())
+        migration::borrow(&mut self.qmp, Mark::WasRunning)?;
+        self.qmp.execute("stop", Value::Null)?;
+        self.ram.discard_all()?;
+        self.listen()
     }
-    fn load_state(&mut self, _: &mut dyn Read) -> Result<ByteLen, GuestError> {
-        Err(absent())
+
+    fn load_state(&mut self, from: &mut dyn Read) -> Result<ByteLen, GuestError> {
+        const WHAT: &str =
+            "load the device state (was it started with the same machine and devices as the source?)";
+        let Some(mut state) = self.state.take() else {
+            return Err(GuestError::Bug("state came before the target was prepared".into()));
+        };
+        let mut preface = [0; 8];
+        from.read_exact(&mut preface).map_err(GuestError::Relay)?;
+        let preface = Preface::from_bytes(preface).ok_or_else(|| {
+            GuestError::misbehaved(
+                "the device state does not begin as QEMU's does; send a QEMU guest to a QEMU target",
+            )
+        })?;
+        self.qmp.forget_events();
+        let relayed = match relay(from, &mut state) {
+            Ok(relayed) => relayed,
+            Err(RelayFault::Read(error)) => return Err(GuestError::Relay(error)),
+            Err(RelayFault::Write(_)) => return Err(migration::why_failed(&mut self.qmp, WHAT)),
+        };
+        state.flush().map_err(GuestError::Relay)?;
+        migration::wait_completed(&mut self.qmp, WHAT)?;
+        let status = self.qmp.execute("query-status", Value::Null)?;
+        if status["status"] != "paused" {
+            return Err(GuestError::misbehaved(format!(
+                "the target QEMU is {} instead of paused",
+                status["status"]
+            )));
+        }
+        self.runs_next = preface.was_running;
+        Ok(ByteLen(relayed.0 + 8))
     }
+
     fn run(&mut self) -> Result<(), GuestError> {
-        Err(absent())
+        if !self.runs_next {
+            return Ok(());
+        }
+        self.qmp.execute("cont", Value::Null)?;
+        Ok(())
     }
-    fn discard(&mut self) {}
+
+    fn discard(&mut self) {
+        self.state = None;
+        if let Err(error) = end(&mut self.qmp) {
+            tracing::warn!("the target QEMU could not be ended: {error}");
+        }
+    }
+}
+
+fn must_be_waiting(qmp: &mut Qmp) -> Result<(), GuestError> {
+    const FIX: &str =
+        "start a fresh QEMU with the source's options, its own memory file, and -incoming defer";
+    let status = qmp.execute("query-status", Value::Null)?;
+    let status = status["status"].as_str().unwrap_or("unknown").to_owned();
+    if status != "inmigrate" {
+        return Err(GuestError::mistake(format!(
+            "the target QEMU does not wait for a guest, it is `{status}`; {FIX}"
+        )));
+    }
+    match migration::status(qmp)?.as_str() {
+        "none" => Ok(()),
+        other => Err(GuestError::mistake(format!(
+            "the target QEMU already receives from somebody (status `{other}`); {FIX}"
+        ))),
+    }
 }

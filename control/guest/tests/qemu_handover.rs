@@ -1,0 +1,143 @@
+//! A guest's memory and device state go from one QEMU to another through the traits alone, without lanes.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "prints how long the steps of a blackout take; asserts none of it"
+)]
+
+use std::time::{Duration, Instant};
+
+use vmferry_datapath::{ChunkIndex, DirtyLog, GuestRam, PAGE_BYTES, PageIndex, PageSet};
+use vmferry_guest::{GuestSpec, SourceGuest, TargetGuest, open_source, open_target};
+use vmferry_rig::{Assets, Memory, QemuGuest, RunningGuest, guest_gap, require};
+use vmferry_workload::Plan;
+
+const MIB: u64 = 1 << 20;
+
+fn plan(words: &str) -> Plan {
+    words.parse().unwrap()
+}
+
+fn spec(guest: &RunningGuest) -> GuestSpec {
+    GuestSpec::Qemu { qmp: guest.qmp_path().to_path_buf() }
+}
+
+/// Copies pages as a mover would: only those in the set.
+fn copy(source: &GuestRam, target: &GuestRam, pages: &PageSet) {
+    let mut page = [0; PAGE_BYTES];
+    for (ChunkIndex(chunk), word) in pages.iter_chunks() {
+        for bit in (0..64).filter(|bit| word & (1 << bit) != 0) {
+            let index = PageIndex(chunk * 64 + bit);
+            source.read_page(index, &mut page).unwrap();
+            target.write_page(index, &page).unwrap();
+        }
+    }
+}
+
+struct Timed(Instant);
+
+impl Timed {
+    fn step(&mut self, what: &str) {
+        eprintln!("  {what}: {:.2} ms", self.0.elapsed().as_secs_f64() * 1e3);
+        self.0 = Instant::now();
+    }
+}
+
+/// Moves the guest; returns when it runs on the target.
+fn hand_over(source: &mut dyn SourceGuest, target: &mut dyn TargetGuest) {
+    assert_eq!(source.description().facts, target.description().facts);
+    assert_eq!(source.description().layout, target.description().layout);
+    let (from, to) = (source.ram(), target.ram());
+    let mut timed = Timed(Instant::now());
+    target.prepare().unwrap();
+    timed.step("prepare");
+    let mut log: Box<dyn DirtyLog> = source.attach().unwrap();
+    timed.step("attach");
+    let mut dirty = PageSet::new(from.layout());
+    log.collect(&mut dirty).unwrap();
+    timed.step("first scan");
+    copy(&from, &to, &from.populated().unwrap());
+    timed.step("copy");
+    for _ in 0..3 {
+        let mut round = PageSet::new(from.layout());
+        log.collect(&mut round).unwrap();
+        timed.step(&format!("scan ({} dirty pages)", round.count().0));
+        copy(&from, &to, &round);
+        timed.step("copy");
+    }
+    source.pause().unwrap();
+    timed.step("pause");
+    let mut last = PageSet::new(from.layout());
+    log.collect(&mut last).unwrap();
+    timed.step("last scan");
+    copy(&from, &to, &last);
+    timed.step(&format!("last copy ({} pages)", last.count().0));
+    assert_eq!(source.new_writers().unwrap(), Vec::<String>::new());
+    timed.step("new writers");
+    let mut state = Vec::new();
+    source.save_state(&mut state).unwrap();
+    timed.step(&format!("save ({} bytes)", state.len()));
+    target.load_state(&mut state.as_slice()).unwrap();
+    timed.step("load");
+    target.run().unwrap();
+    timed.step("run");
+    drop(log);
+    source.retire().unwrap();
+}
+
+/// Boots the guest, moves it, and asks it afterwards whether all of its pages are right.
+fn moves_and_verifies(recipe: &QemuGuest) {
+    let (mut a, mut b) = recipe.pair().unwrap();
+    let (mut source, mut target) = (open_source(&spec(&a)).unwrap(), open_target(&spec(&b)).unwrap());
+    let before = a.console().status().unwrap();
+    let since = Instant::now();
+    hand_over(source.as_mut(), target.as_mut());
+    b.beats().wait_since(since, Duration::from_secs(5)).expect("the guest beats on the target");
+    let away = guest_gap(a.beats(), b.beats(), since).unwrap();
+    eprintln!("  guest away: {:.1} ms, {} beats lost", away.gap().as_secs_f64() * 1e3, away.beats_lost());
+    assert!(!away.overlaps(), "two runners");
+    assert_eq!(b.run_state().unwrap(), "running");
+    let report = b.console().verify().unwrap();
+    assert_eq!(report.wrong, 0, "{report:?}");
+    let after = b.console().status().unwrap();
+    assert!(after.uptime_ms > before.uptime_ms && after.writes >= before.writes, "{before:?} {after:?}");
+    a.wait_end(Duration::from_secs(10)).unwrap();
+}
+
+#[test]
+fn a_working_guest_goes_on_on_the_target() {
+    let assets = require!(Assets::find());
+    require!(vmferry_rig::root());
+    let plan = plan("seed=1,pages=16384,set=2048,pattern=random,rate=8MiB,zero=100");
+    moves_and_verifies(&QemuGuest::new(&assets, 256 * MIB, plan).unwrap());
+}
+
+#[test]
+fn two_numa_blocks_and_memory_above_4_gib_move() {
+    let assets = require!(Assets::find());
+    require!(vmferry_rig::root());
+    let plan = plan("seed=2,pages=8192,set=1024,pattern=random,rate=4MiB,zero=100");
+    let recipe = QemuGuest::new(&assets, 0, plan).unwrap().numa(&[2560 * MIB, 2048 * MIB]).cpus(2);
+    moves_and_verifies(&recipe);
+}
+
+#[test]
+fn huge_pages_move() {
+    let assets = require!(Assets::find());
+    require!(vmferry_rig::root());
+    require!(vmferry_rig::huge_pages(2 * 128));
+    let folder = tempfile::tempdir().unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "hugetlbfs", "-o", "pagesize=2M", "none"])
+        .arg(folder.path())
+        .status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        vmferry_rig::skip(&"hugetlbfs cannot be mounted here");
+        return;
+    }
+    let plan = plan("seed=3,pages=4096,set=1024,pattern=random,rate=4MiB,zero=100");
+    let memory = Memory::HugePages(folder.path().to_path_buf());
+    let recipe = QemuGuest::new(&assets, 256 * MIB, plan).unwrap().memory(memory);
+    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| moves_and_verifies(&recipe)));
+    std::process::Command::new("umount").arg(folder.path()).status().unwrap();
+    outcome.unwrap();
+}
