@@ -4,6 +4,8 @@
 //! a rate and noise. The laws: forecasts are ordered and finite for any report whatsoever, moves end, the blackout
 //! that was promised is kept, and nine of ten blackouts fall inside the predicted interval.
 
+#![expect(clippy::unwrap_used, reason = "a test: a panic is its failure")]
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -114,7 +116,7 @@ impl Sim {
         let (dirty, sent) = if round == 1 {
             (truth.pages, truth.pages)
         } else {
-            let cold = self.dice.time(truth.cold(since, self.slowed), 0.1);
+            let cold = self.dice.time(truth.cold(since, self.slowed), 0.1).min(truth.working_set);
             let again = cold * cold / truth.working_set;
             let sent = cold - again + (*held - truth.hot).max(0.0) * 0.5;
             *held = truth.hot + again;

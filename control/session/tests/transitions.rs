@@ -3,6 +3,8 @@
 //! `UPDATE_TABLES=1 cargo test -p vmferry-session --test transitions` writes the files beside this one anew; the
 //! README shows the `.mmd` ones. A change of protocol is a change of these files, and reviewed as such.
 
+#![expect(clippy::unwrap_used, reason = "a test: a panic is its failure")]
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;

@@ -8,7 +8,7 @@ use super::{Interval, MoveRecord};
 /// Moves that are looked back upon.
 const WINDOW: usize = 60;
 /// Moves after which the past weighs as much as the assumption that nothing is wrong.
-const PATIENCE: f64 = 6.0;
+const PATIENCE: f64 = 3.0;
 const COVERAGE: f64 = 0.90;
 /// No correction is larger than this factor, either way.
 const FACTOR_MAX: f64 = 5.0;
@@ -32,7 +32,7 @@ impl Calibration {
         let shift = trust * quantile(&errors, 0.5);
         let mut scaled: Vec<f64> = last.iter().map(|record| half_widths(record, shift)).collect();
         scaled.sort_by(f64::total_cmp);
-        let width = quantile(&scaled, COVERAGE * (1.0 + 1.0 / count(last.len().max(1))));
+        let width = quantile(&scaled, COVERAGE);
         let width = if scaled.is_empty() { 0.0 } else { trust * width.max(1.0 / FACTOR_MAX).ln() };
         let bound = FACTOR_MAX.ln();
         Self { shift: shift.clamp(-bound, bound), width: width.clamp(-bound, bound).exp() }
