@@ -61,19 +61,18 @@ fn cache_folder() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/vmferry"))
 }
 
-/// Next to the running program, one folder up (a test lies in `deps`), or in the workspace's target folder.
 fn find_init() -> Result<PathBuf, RigError> {
-    if let Some(given) = std::env::var_os("VMFERRY_GUEST_INIT") {
-        return Ok(PathBuf::from(given));
-    }
+    std::env::var_os("VMFERRY_GUEST_INIT")
+        .map_or_else(|| find_program(INIT_NAME), |given| Ok(PathBuf::from(given)))
+}
+
+/// A program of this crate: next to the running program, one folder up (a test lies in `deps`), or in the workspace's
+/// target folder.
+pub(crate) fn find_program(name: &str) -> Result<PathBuf, RigError> {
     let program = std::env::current_exe().unwrap_or_default();
     let beside = program.ancestors().skip(1).take(2).map(Path::to_path_buf);
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target");
     let built = ["release", "debug"].map(|profile| workspace.join(profile));
-    let found = beside.chain(built).map(|folder| folder.join(INIT_NAME)).find(|file| file.is_file());
-    found.ok_or_else(|| {
-        let fix =
-            "the guest's init is not built: run 'cargo build -p vmferry-rig', or set VMFERRY_GUEST_INIT";
-        RigError::Missing(fix.to_owned())
-    })
+    let found = beside.chain(built).map(|folder| folder.join(name)).find(|file| file.is_file());
+    found.ok_or_else(|| RigError::Missing(format!("'{name}' is not built: run 'cargo build -p vmferry-rig'")))
 }

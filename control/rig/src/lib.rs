@@ -19,6 +19,7 @@ mod initramfs;
 mod need;
 mod qemu;
 mod qmp;
+mod second_writer;
 
 pub use answer::{ANSWER_PREFIX, GuestGap, GuestStatus};
 pub use assets::Assets;
@@ -29,6 +30,7 @@ pub use heartbeat::{Beat, Handover, HeartBeat, guest_gap};
 pub use need::{huge_pages, root, skip};
 pub use qemu::{Memory, QemuGuest, RigDirectory, RunningGuest};
 pub use qmp::Qmp;
+pub use second_writer::{SecondWriter, SecondWriting};
 
 /// What went wrong while a guest was set up or asked.
 #[derive(Debug, thiserror::Error)]

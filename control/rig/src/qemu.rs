@@ -87,6 +87,7 @@ pub struct QemuGuest {
     disk: Option<PathBuf>,
     machine: String,
     extra: Vec<String>,
+    reserved: u64,
 }
 
 impl QemuGuest {
@@ -102,6 +103,7 @@ impl QemuGuest {
             disk: None,
             machine: "q35".to_owned(),
             extra: Vec::new(),
+            reserved: 0,
         })
     }
 
@@ -137,6 +139,14 @@ impl QemuGuest {
     #[must_use]
     pub fn machine(mut self, machine: &str) -> Self {
         machine.clone_into(&mut self.machine);
+        self
+    }
+
+    /// Keeps the guest's kernel out of the last `bytes` of its memory, for a second writer. With one block below
+    /// 2 GiB, as q35 maps it, they are the last bytes of the memory file too.
+    #[must_use]
+    pub fn reserve_top(mut self, bytes: u64) -> Self {
+        self.reserved = bytes;
         self
     }
 
@@ -194,7 +204,7 @@ impl QemuGuest {
                 "-initrd".as_ref(),
                 initramfs.as_os_str(),
             ])
-            .args(["-append".to_owned(), format!("{KERNEL_WORDS} vmferry.plan={}", self.plan)])
+            .args(["-append".to_owned(), self.kernel_words()])
             .args(["-chardev".to_owned(), format!("socket,id=beat,path={}", socket("beat").display())])
             .args(["-device", "isa-debugcon,iobase=0xe9,chardev=beat"])
             .args(["-chardev".to_owned(), format!("socket,id=serial,path={}", socket("serial").display())])
@@ -265,6 +275,14 @@ impl QemuGuest {
             args.extend(["-numa".to_owned(), format!("node,nodeid={block},memdev=ram{block}{cpus}")]);
         }
         args
+    }
+
+    fn kernel_words(&self) -> String {
+        let limit = match self.reserved {
+            0 => String::new(),
+            bytes => format!("mem={}K ", (self.blocks.iter().sum::<u64>().saturating_sub(bytes)) / 1024),
+        };
+        format!("{KERNEL_WORDS} {limit}vmferry.plan={}", self.plan)
     }
 
     fn disk_args(&self) -> Vec<String> {

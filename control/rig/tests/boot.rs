@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use vmferry_rig::{Assets, Memory, QemuGuest, create_disk, guest_gap, huge_pages, require};
+use vmferry_rig::{Assets, Memory, QemuGuest, SecondWriter, create_disk, guest_gap, huge_pages, require};
 use vmferry_workload::Plan;
 
 const MIB: u64 = 1 << 20;
@@ -76,5 +76,21 @@ fn a_guest_boots_on_huge_pages() {
     let recipe = QemuGuest::new(&assets, 256 * MIB, plan()).unwrap().memory(Memory::HugePages(folder));
     let mut guest = recipe.boot("source").unwrap();
     assert!(guest.memory_files()[0].exists());
+    assert!(guest.console().verify().unwrap().is_clean());
+}
+
+#[test]
+fn a_second_writer_and_the_guest_keep_out_of_each_others_way() {
+    let assets = require!(Assets::find());
+    let recipe = QemuGuest::new(&assets, 256 * MIB, plan()).unwrap().reserve_top(16 * MIB);
+    let mut guest = recipe.boot("source").unwrap();
+    let memory = guest.memory_files()[0].clone();
+    let pages: Plan = "seed=8,pages=4096,set=512,rate=max".parse().unwrap();
+    let first = (240 * MIB) / 4096;
+    let writer = SecondWriter::start(&memory, first, &pages).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let written = writer.stop().unwrap();
+    let report = written.verify(&memory).unwrap();
+    assert!(report.is_clean(), "{report}");
     assert!(guest.console().verify().unwrap().is_clean());
 }

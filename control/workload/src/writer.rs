@@ -17,7 +17,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// A writer over memory that is still all zero; call `fill` next.
+    /// A writer over new memory; call `fill` next.
     #[must_use]
     pub fn new(plan: Plan) -> Self {
         Self { registers: Registers::new(plan) }
@@ -47,10 +47,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Gives every page of the plan its first version.
+    /// Gives every page of the plan its first version, whatever the memory held before.
     pub fn fill(&mut self, memory: &mut impl PageMemory) {
-        for page in 0..self.registers.plan.pages {
-            self.renew(memory, page);
+        let (seed, zero) = (self.registers.plan.seed, self.registers.plan.zero_permille);
+        for (page, version) in (0_u64..).zip(&mut self.registers.versions) {
+            *version = 1;
+            let image = PageImage::new(seed, page, 1, zero);
+            (0..WORDS_PER_PAGE).for_each(|word| memory.store(page, word, image.word(word)));
         }
     }
 
@@ -133,6 +136,14 @@ mod tests {
             }
             assert_eq!(writer.registers().writes(), 50 * 37);
         }
+    }
+
+    #[test]
+    fn filling_overwrites_what_was_there() {
+        let (mut memory, mut writer) = (VecPages::new(64), Writer::new(plan(Pattern::Random)));
+        (0..64).for_each(|page| *memory.page_mut(page) = [7; WORDS_PER_PAGE]);
+        writer.fill(&mut memory);
+        assert!(Verifier::new().all(&memory, writer.registers()).is_clean());
     }
 
     #[test]
