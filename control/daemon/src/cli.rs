@@ -79,6 +79,7 @@ pub struct SendArgs {
     /// Where 'vmferry receive' listens: tcp://HOST:PORT.
     #[arg(long, value_name = "URI")]
     pub to: Endpoint,
+    /// How the move is protected.
     #[command(flatten)]
     pub security: SecurityArgs,
     /// Name that the target's certificate must carry, where it is not the host in --to.
@@ -122,6 +123,7 @@ pub struct ReceiveArgs {
     /// The guest that waits for the state: qemu:PATH of its QMP socket (started with -incoming defer), or process:NAME.
     #[arg(long, value_name = "GUEST")]
     pub guest: GuestSpec,
+    /// How the move is protected.
     #[command(flatten)]
     pub security: SecurityArgs,
     /// CPUs that lanes may be pinned to.

@@ -21,6 +21,8 @@ use crate::failure::Failure;
 const KNOCKS_MAX: usize = 64;
 /// Arrivals waiting to be taken: a control connection and every lane of one attempt.
 const ARRIVALS_MAX: usize = 128;
+/// Sleep while this process has no descriptor left for a new connection.
+const CROWDED_SLEEP: Duration = Duration::from_millis(50);
 const TLS_CLIENT_HELLO: u8 = 0x16;
 const LANE_MAGIC: [u8; 4] = *b"VMFL";
 /// Length of [`LaneHello`] on the wire.
@@ -129,7 +131,7 @@ impl Sorter {
             match listener.accept() {
                 Ok((stream, from)) => self.answer_knock(stream, from),
                 Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => {}
-                Err(error) if error.raw_os_error() == Some(nix::libc::EMFILE) => std::thread::sleep(Duration::from_millis(50)),
+                Err(error) if error.raw_os_error() == Some(libc::EMFILE) => std::thread::sleep(CROWDED_SLEEP),
                 Err(_) => return,
             }
         }

@@ -8,9 +8,9 @@
 //! What must never happen: an end of this process, by any way, that leaves a guest paused that is still this host's.
 //! Every way out goes through the machine's `Resume`, and a death goes through the guardian.
 
-pub mod hands;
+mod hands;
 mod history;
-pub mod io_horizon;
+mod io_horizon;
 mod narrator;
 
 use std::time::{Duration, Instant};
@@ -56,9 +56,12 @@ pub fn send(args: &SendArgs) -> (MoveReport, Result<(), Failure>) {
 
 /// What the source's session is fed with.
 #[derive(Debug)]
-enum Input {
+pub enum Input {
+    /// Anything that happened.
     Event(SourceEvent),
+    /// The answer to `CopyRound`.
     Round(RoundReport),
+    /// The answer to `SendLast`.
     Last(LastReport),
 }
 
@@ -70,7 +73,7 @@ impl Machine for SourceSession {
         match event {
             Input::Event(event) => SourceSession::handle(self, event, now),
             Input::Round(report) => self.round_done(&report, now),
-            Input::Last(report) => self.last_sent(report, now),
+            Input::Last(report) => self.last_sent(&report, now),
         }
     }
 

@@ -22,7 +22,7 @@ const STATE_BLOCK_BYTES: usize = 64 * 1024;
 
 /// What stopped an action.
 #[derive(Debug)]
-pub enum Stopped {
+pub(super) enum Stopped {
     /// The machine asked to interrupt.
     Interrupted,
     /// A lane.
@@ -46,7 +46,7 @@ impl From<GuestError> for Stopped {
 }
 
 /// Everything that the source side holds of a guest while it moves.
-pub struct SourceHands {
+pub(super) struct SourceHands {
     pub(super) guest: Box<dyn SourceGuest>,
     ram: Arc<GuestRam>,
     log: Option<Box<dyn DirtyLog>>,
@@ -63,7 +63,7 @@ pub struct SourceHands {
 impl SourceHands {
     /// Takes the guest.
     #[must_use]
-    pub fn new(guest: Box<dyn SourceGuest>) -> Self {
+    pub(super) fn new(guest: Box<dyn SourceGuest>) -> Self {
         let ram = guest.ram();
         let chunks = ram.layout().chunk_count();
         let horizon = (!guest.direct_io_nodes().is_empty()).then(|| IoHorizon::new(chunks));
@@ -80,47 +80,47 @@ impl SourceHands {
 
     /// Whether lanes must remember a hash of every page.
     #[must_use]
-    pub fn keeps_hashes(&self) -> bool {
+    pub(super) fn keeps_hashes(&self) -> bool {
         self.horizon.is_some()
     }
 
     /// The guest's memory.
     #[must_use]
-    pub fn ram(&self) -> &Arc<GuestRam> {
+    pub(super) fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }
 
     /// Hands the lanes over.
-    pub fn take_sender(&mut self, sender: Sender) {
+    pub(super) fn take_sender(&mut self, sender: Sender) {
         self.sender = Some(sender);
     }
 
     /// What the lanes did so far, or had done when they were closed.
     #[must_use]
-    pub fn meter(&self) -> Option<Meter> {
+    pub(super) fn meter(&self) -> Option<Meter> {
         self.sender.as_ref().map(Sender::meter).or_else(|| self.meter.clone())
     }
 
     /// The slowest scan so far.
     #[must_use]
-    pub fn scan_max(&self) -> Duration {
+    pub(super) fn scan_max(&self) -> Duration {
         self.scan_max
     }
 
     /// What the operator should know.
     #[must_use]
-    pub fn notes(&self) -> &[String] {
+    pub(super) fn notes(&self) -> &[String] {
         &self.notes
     }
 
     /// What tracks the guest's writes.
     #[must_use]
-    pub fn tracker_name(&self) -> Option<&'static str> {
+    pub(super) fn tracker_name(&self) -> Option<&'static str> {
         self.tracker
     }
 
     /// Starts to track every writer.
-    pub fn attach(&mut self) -> Result<(), Stopped> {
+    pub(super) fn attach(&mut self) -> Result<(), Stopped> {
         let log = self.guest.attach()?;
         self.tracker = Some(log.name());
         self.log = Some(log);
@@ -128,7 +128,7 @@ impl SourceHands {
     }
 
     /// One round while the guest runs.
-    pub fn copy_round(&mut self, round: u32, now: Duration, go_on: &mut dyn FnMut() -> bool) -> Result<RoundReport, Stopped> {
+    pub(super) fn copy_round(&mut self, round: u32, now: Duration, go_on: &mut dyn FnMut() -> bool) -> Result<RoundReport, Stopped> {
         let since_last_scan = self.scanned_at.map_or(Duration::ZERO, |at| at.elapsed());
         let (dirty, scan) = self.scan_or_all(now);
         let mut report = RoundReport { round, since_last_scan, scan, dirty: dirty.count(), ..RoundReport::default() };
@@ -166,12 +166,12 @@ impl SourceHands {
     }
 
     /// Stops the guest.
-    pub fn pause(&mut self) -> Result<(), GuestError> {
+    pub(super) fn pause(&mut self) -> Result<(), GuestError> {
         self.guest.pause()
     }
 
     /// The last pages and the device state, side by side: the VMM saves while the lanes send.
-    pub fn send_last_and_state(
+    pub(super) fn send_last_and_state(
         &mut self,
         now: Duration,
         go_on: &mut dyn FnMut() -> bool,
@@ -210,7 +210,7 @@ impl SourceHands {
     }
 
     /// What saving the state wrote, then the end of every lane.
-    pub fn finish_lanes(&mut self, now: Duration, go_on: &mut dyn FnMut() -> bool) -> Result<Vec<LaneTotals>, Stopped> {
+    pub(super) fn finish_lanes(&mut self, now: Duration, go_on: &mut dyn FnMut() -> bool) -> Result<Vec<LaneTotals>, Stopped> {
         let (dirty, _) = self.scan_exactly(now)?;
         let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
         if !sender.send(&dirty, go_on)? {
@@ -220,18 +220,18 @@ impl SourceHands {
     }
 
     /// The digest of all memory, as text; the guest is paused.
-    pub fn digest(&self) -> Result<String, Stopped> {
+    pub(super) fn digest(&self) -> Result<String, Stopped> {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(self.ram.digest(cpus).map_err(GuestError::from)?.to_string())
     }
 
     /// Lets the guest run again.
-    pub fn resume(&mut self) -> Result<(), GuestError> {
+    pub(super) fn resume(&mut self) -> Result<(), GuestError> {
         self.guest.resume()
     }
 
     /// Drops the lanes as they are.
-    pub fn close_lanes(&mut self) {
+    pub(super) fn close_lanes(&mut self) {
         if let Some(mut sender) = self.sender.take() {
             self.meter = Some(sender.meter());
             sender.abort();
@@ -239,7 +239,7 @@ impl SourceHands {
     }
 
     /// Leaves no trace in the VMM.
-    pub fn detach(&mut self) {
+    pub(super) fn detach(&mut self) {
         self.log = None;
         self.guest.detach();
     }

@@ -12,7 +12,7 @@ use vmferry_session::{History, MoveRecord};
 const HISTORY_BYTES_MAX: u64 = 4 << 20;
 
 /// The history of one kind of guest.
-pub struct HistoryFile {
+pub(super) struct HistoryFile {
     path: Option<PathBuf>,
     history: History,
 }
@@ -20,7 +20,7 @@ pub struct HistoryFile {
 impl HistoryFile {
     /// Reads the history of `kind`; an empty one where there is none.
     #[must_use]
-    pub fn of_kind(kind: &str) -> Self {
+    pub(super) fn of_kind(kind: &str) -> Self {
         let path = state_dir().map(|dir| dir.join(format!("history-{kind}.json")));
         let history = path
             .as_ref()
@@ -33,12 +33,12 @@ impl HistoryFile {
 
     /// Moves before this one.
     #[must_use]
-    pub fn past(&self) -> &History {
+    pub(super) fn past(&self) -> &History {
         &self.history
     }
 
     /// Adds a finished move.
-    pub fn add(&mut self, record: MoveRecord) {
+    pub(super) fn add(&mut self, record: MoveRecord) {
         self.history.push(record);
         if let Err(why) = self.write() {
             tracing::info!("the history of moves was not kept: {why}");

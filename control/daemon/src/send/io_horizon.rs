@@ -17,10 +17,10 @@ use std::time::Duration;
 use vmferry_datapath::PageSet;
 
 /// The longest that a disk read is assumed to be in flight.
-pub const IO_HORIZON: Duration = Duration::from_secs(30);
+const IO_HORIZON: Duration = Duration::from_secs(30);
 
 /// Two generations of pages that were seen dirty.
-pub struct IoHorizon {
+pub(super) struct IoHorizon {
     old: PageSet,
     young: PageSet,
     turned: Duration,
@@ -29,12 +29,12 @@ pub struct IoHorizon {
 impl IoHorizon {
     /// Nothing seen yet.
     #[must_use]
-    pub fn new(chunks: u64) -> Self {
+    pub(super) fn new(chunks: u64) -> Self {
         Self { old: PageSet::with_chunks(chunks), young: PageSet::with_chunks(chunks), turned: Duration::ZERO }
     }
 
     /// Adds what a scan at `now` found.
-    pub fn saw(&mut self, dirty: &PageSet, now: Duration) {
+    pub(super) fn saw(&mut self, dirty: &PageSet, now: Duration) {
         if now.saturating_sub(self.turned) >= IO_HORIZON {
             std::mem::swap(&mut self.old, &mut self.young);
             self.young.clear();
@@ -45,7 +45,7 @@ impl IoHorizon {
 
     /// Every page that a read may have written unseen.
     #[must_use]
-    pub fn suspects(&self) -> PageSet {
+    pub(super) fn suspects(&self) -> PageSet {
         let mut suspects = self.old.clone();
         suspects.union_with(&self.young);
         suspects
