@@ -33,6 +33,12 @@ fn copy(source: &GuestRam, target: &GuestRam, pages: &PageSet) {
     }
 }
 
+/// When the guest was stopped and when it was told to run.
+struct Blackout {
+    paused_at: Instant,
+    run_at: Instant,
+}
+
 struct Timed(Instant);
 
 impl Timed {
@@ -43,7 +49,7 @@ impl Timed {
 }
 
 /// Moves the guest; returns when it runs on the target.
-fn hand_over(source: &mut dyn SourceGuest, target: &mut dyn TargetGuest) {
+fn hand_over(source: &mut dyn SourceGuest, target: &mut dyn TargetGuest) -> Blackout {
     assert_eq!(source.description().facts, target.description().facts);
     assert_eq!(source.description().layout, target.description().layout);
     let (from, to) = (source.ram(), target.ram());
@@ -64,6 +70,7 @@ fn hand_over(source: &mut dyn SourceGuest, target: &mut dyn TargetGuest) {
         copy(&from, &to, &round);
         timed.step("copy");
     }
+    let paused_at = Instant::now();
     source.pause().unwrap();
     timed.step("pause");
     let mut last = PageSet::new(from.layout());
@@ -80,8 +87,10 @@ fn hand_over(source: &mut dyn SourceGuest, target: &mut dyn TargetGuest) {
     timed.step("load");
     target.run().unwrap();
     timed.step("run");
+    let run_at = Instant::now();
     drop(log);
     source.retire().unwrap();
+    Blackout { paused_at, run_at }
 }
 
 /// Boots the guest, moves it, and asks it afterwards whether all of its pages are right.
@@ -90,10 +99,18 @@ fn moves_and_verifies(recipe: &QemuGuest) {
     let (mut source, mut target) = (open_source(&spec(&a)).unwrap(), open_target(&spec(&b)).unwrap());
     let before = a.console().status().unwrap();
     let since = Instant::now();
-    hand_over(source.as_mut(), target.as_mut());
+    let blackout = hand_over(source.as_mut(), target.as_mut());
     b.beats().wait_since(since, Duration::from_secs(5)).expect("the guest beats on the target");
     let away = guest_gap(a.beats(), b.beats(), since).unwrap();
-    eprintln!("  guest away: {:.1} ms, {} beats lost", away.gap().as_secs_f64() * 1e3, away.beats_lost());
+    let ms = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
+    eprintln!(
+        "  guest away: {:.1} ms ({:.1} before pause, {:.1} between, {:.1} after run), {} beats lost",
+        away.gap().as_secs_f64() * 1e3,
+        ms(away.last_on_source.at, blackout.paused_at),
+        ms(blackout.paused_at, blackout.run_at),
+        ms(blackout.run_at, away.first_on_target.at),
+        away.beats_lost()
+    );
     assert!(!away.overlaps(), "two runners");
     assert_eq!(b.run_state().unwrap(), "running");
     let report = b.console().verify().unwrap();
@@ -124,20 +141,7 @@ fn two_numa_blocks_and_memory_above_4_gib_move() {
 fn huge_pages_move() {
     let assets = require!(Assets::find());
     require!(vmferry_rig::root());
-    require!(vmferry_rig::huge_pages(2 * 128));
-    let folder = tempfile::tempdir().unwrap();
-    let mounted = std::process::Command::new("mount")
-        .args(["-t", "hugetlbfs", "-o", "pagesize=2M", "none"])
-        .arg(folder.path())
-        .status();
-    if !mounted.is_ok_and(|status| status.success()) {
-        vmferry_rig::skip(&"hugetlbfs cannot be mounted here");
-        return;
-    }
+    let folder = require!(vmferry_rig::huge_pages(2 * 128));
     let plan = plan("seed=3,pages=4096,set=1024,pattern=random,rate=4MiB,zero=100");
-    let memory = Memory::HugePages(folder.path().to_path_buf());
-    let recipe = QemuGuest::new(&assets, 256 * MIB, plan).unwrap().memory(memory);
-    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| moves_and_verifies(&recipe)));
-    std::process::Command::new("umount").arg(folder.path()).status().unwrap();
-    outcome.unwrap();
+    moves_and_verifies(&QemuGuest::new(&assets, 256 * MIB, plan).unwrap().memory(Memory::HugePages(folder)));
 }
