@@ -87,12 +87,15 @@ fn a_writing_workload_arrives_whole() {
     to.prepare().unwrap();
     let mut log = from.attach().unwrap();
     copy(&from.ram(), &to.ram(), &from.ram().populated().unwrap());
+    let mut seen = 0;
     for _ in 0..5 {
+        std::thread::sleep(Duration::from_millis(5));
         let mut dirty = PageSet::new(&from.description().layout);
         log.collect(&mut dirty).unwrap();
-        assert!(!dirty.is_empty(), "a workload at full speed dirties pages");
+        seen += dirty.count().0;
         copy(&from.ram(), &to.ram(), &dirty);
     }
+    assert!(seen > 0, "a workload at full speed dirties pages");
     from.pause().unwrap();
     let mut dirty = PageSet::new(&from.description().layout);
     log.collect(&mut dirty).unwrap();
