@@ -1,6 +1,7 @@
 //! The other end of a workload's control socket.
 
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -30,12 +31,7 @@ impl WorkloadControl {
     /// Finds the workload `name`.
     pub fn connect(name: &str) -> Result<Self, GuestError> {
         let path = socket_path(name)?;
-        let stream = UnixStream::connect(&path).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => GuestError::mistake(
-                format!("no workload '{name}' runs here: start one with 'vmferry workload --name {name}'"),
-            ),
-            _ => GuestError::refused(format!("cannot reach {}", path.display()))(error),
-        })?;
+        let stream = UnixStream::connect(&path).map_err(|error| no_workload(name, error))?;
         stream
             .set_read_timeout(Some(ANSWER_TIMEOUT))
             .map_err(GuestError::refused("the socket takes no timeout"))?;
@@ -44,18 +40,20 @@ impl WorkloadControl {
 
     /// What the workload knows about itself.
     pub fn status(&mut self) -> Result<WorkloadStatus, GuestError> {
-        match self.ask(&Request::Status)? {
-            Reply::Status(status) => Ok(status),
-            other => Err(self.unexpected(&other)),
+        let reply = self.ask(&Request::Status)?;
+        if let Reply::Status(status) = reply {
+            return Ok(status);
         }
+        Err(self.unexpected(&reply))
     }
 
     /// Verifies every page now.
     pub fn verify(&mut self) -> Result<Report, GuestError> {
-        match self.ask(&Request::Verify)? {
-            Reply::Verified(report) => Ok(report),
-            other => Err(self.unexpected(&other)),
+        let reply = self.ask(&Request::Verify)?;
+        if let Reply::Verified(report) = reply {
+            return Ok(report);
         }
+        Err(self.unexpected(&reply))
     }
 
     /// Changes `rate`, `pattern` or `set` of every writer.
@@ -99,13 +97,10 @@ impl WorkloadControl {
     }
 
     pub(crate) fn save(&mut self, pages: u64) -> Result<Vec<u8>, GuestError> {
-        match self.ask(&Request::Save)? {
-            Reply::Bytes { len } => {
-                let what = "its state ended early".to_owned();
-                self.line.receive_bytes(len, state_bytes_max(pages)).map_err(|error| self.lost(&what, &error))
-            }
-            other => Err(self.unexpected(&other)),
-        }
+        let reply = self.ask(&Request::Save)?;
+        let Reply::Bytes { len } = reply else { return Err(self.unexpected(&reply)) };
+        let bytes = self.line.receive_bytes(len, state_bytes_max(pages));
+        bytes.map_err(|error| self.lost("its state ended early", &error))
     }
 
     pub(crate) fn load(&mut self, bytes: &[u8]) -> Result<(), GuestError> {
@@ -116,10 +111,11 @@ impl WorkloadControl {
     }
 
     pub(crate) fn identity(&mut self) -> Result<Identity, GuestError> {
-        match self.ask(&Request::Describe)? {
-            Reply::Identity(identity) => Ok(identity),
-            other => Err(self.unexpected(&other)),
+        let reply = self.ask(&Request::Describe)?;
+        if let Reply::Identity(identity) = reply {
+            return Ok(identity);
         }
+        Err(self.unexpected(&reply))
     }
 
     fn order(&mut self, request: &Request) -> Result<(), GuestError> {
@@ -128,10 +124,8 @@ impl WorkloadControl {
     }
 
     fn done(&mut self) -> Result<(), GuestError> {
-        match self.reply()? {
-            Reply::Done => Ok(()),
-            other => Err(self.unexpected(&other)),
-        }
+        let reply = self.reply()?;
+        if reply == Reply::Done { Ok(()) } else { Err(self.unexpected(&reply)) }
     }
 
     fn ask(&mut self, request: &Request) -> Result<Reply, GuestError> {
@@ -148,20 +142,27 @@ impl WorkloadControl {
     }
 
     fn unexpected(&self, reply: &Reply) -> GuestError {
-        match reply {
-            Reply::Refused(why) => {
-                GuestError::misbehaved(format!("the workload '{}' refused: {why}", self.name))
-            }
-            other => GuestError::misbehaved(format!(
-                "the workload '{}' answered beside the point: {other:?}",
-                self.name
-            )),
+        let name = &self.name;
+        if let Reply::Refused(why) = reply {
+            return GuestError::misbehaved(format!("the workload '{name}' refused: {why}"));
         }
+        GuestError::misbehaved(format!("the workload '{name}' answered beside the point: {reply:?}"))
     }
 
     fn lost(&self, what: &str, error: &std::io::Error) -> GuestError {
         GuestError::misbehaved(format!("the workload '{}' is lost: {what} ({error})", self.name))
     }
+}
+
+fn no_workload(name: &str, error: std::io::Error) -> GuestError {
+    if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) {
+        return GuestError::mistake(format!(
+            "no workload '{name}' runs here: start one with 'vmferry workload --name {name}'"
+        ));
+    }
+    GuestError::refused(format!("the control socket of workload '{name}' cannot be reached; run as its user"))(
+        error,
+    )
 }
 
 /// A workload's memory as the lanes and the tracker see it.

@@ -68,39 +68,39 @@ impl Machine {
 
     /// A move pauses; what the owner stopped stays as it is.
     pub(crate) fn pause(&mut self) -> Reply {
-        match self.take() {
-            State::Running(crew) => {
-                self.halt(&crew);
-                self.state = State::Paused(crew);
-                Reply::Done
-            }
-            other => self.keep(other, &[Phase::Paused, Phase::Stopped], "pause"),
+        let state = self.take();
+        if let State::Running(crew) = state {
+            self.halt(&crew);
+            self.state = State::Paused(crew);
+            return Reply::Done;
         }
+        self.keep(state, &[Phase::Paused, Phase::Stopped], "pause")
     }
 
     pub(crate) fn resume(&mut self) -> Reply {
-        match self.take() {
-            State::Paused(crew) => self.run(crew),
-            other => self.keep(other, &[Phase::Running, Phase::Stopped], "resume"),
+        let state = self.take();
+        if let State::Paused(crew) = state {
+            return self.run(crew);
         }
+        self.keep(state, &[Phase::Running, Phase::Stopped], "resume")
     }
 
     pub(crate) fn stop(&mut self) -> Reply {
-        match self.take() {
-            State::Running(crew) => {
-                self.halt(&crew);
-                self.state = State::Stopped(crew);
-                Reply::Done
-            }
-            other => self.keep(other, &[Phase::Stopped], "stop"),
+        let state = self.take();
+        if let State::Running(crew) = state {
+            self.halt(&crew);
+            self.state = State::Stopped(crew);
+            return Reply::Done;
         }
+        self.keep(state, &[Phase::Stopped], "stop")
     }
 
     pub(crate) fn start(&mut self) -> Reply {
-        match self.take() {
-            State::Stopped(crew) => self.run(crew),
-            other => self.keep(other, &[Phase::Running], "start"),
+        let state = self.take();
+        if let State::Stopped(crew) = state {
+            return self.run(crew);
         }
+        self.keep(state, &[Phase::Running], "start")
     }
 
     /// The registers of a workload that stands still.
@@ -130,21 +130,23 @@ impl Machine {
     }
 
     pub(crate) fn run_loaded(&mut self) -> Reply {
-        match self.take() {
-            State::Loaded { crew, stopped: false } => self.run(crew),
-            State::Loaded { crew, stopped: true } => {
+        let state = self.take();
+        if let State::Loaded { crew, stopped } = state {
+            if stopped {
                 self.state = State::Stopped(crew);
-                Reply::Done
+                return Reply::Done;
             }
-            other => self.keep(other, &[Phase::Running], "run"),
+            return self.run(crew);
         }
+        self.keep(state, &[Phase::Running, Phase::Stopped], "run")
     }
 
     pub(crate) fn discard(&mut self) -> Reply {
-        match self.take() {
-            State::Loaded { .. } => Reply::Done,
-            other => self.keep(other, &[Phase::Waiting], "discard"),
+        let state = self.take();
+        if matches!(state, State::Loaded { .. }) {
+            return Reply::Done;
         }
+        self.keep(state, &[Phase::Waiting], "discard")
     }
 
     pub(crate) fn throttle(&self, percent: u8) -> Reply {

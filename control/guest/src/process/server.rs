@@ -98,7 +98,7 @@ struct Client {
 impl Client {
     fn serve(mut self) {
         while let Ok(Some(request)) = self.line.receive::<Request>() {
-            if self.handle(request).is_err() {
+            if self.handle(&request).is_err() {
                 return;
             }
         }
@@ -108,20 +108,28 @@ impl Client {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn handle(&mut self, request: Request) -> std::io::Result<()> {
-        match request {
-            Request::Save => self.save(),
-            Request::Load { len } => self.load(len),
-            Request::Quit => {
-                self.line.send(&Reply::Done)?;
-                let _ = self.quit.send(());
-                Ok(())
-            }
-            other => {
-                let reply = answer(&mut self.machine(), &other);
-                self.line.send(&reply)
-            }
+    fn handle(&mut self, request: &Request) -> std::io::Result<()> {
+        let reply = match request {
+            Request::Save => return self.save(),
+            Request::Load { len } => return self.load(*len),
+            Request::Quit => Reply::Done,
+            Request::Describe => Reply::Identity(identity(&self.machine())),
+            Request::Pause => self.machine().pause(),
+            Request::Resume => self.machine().resume(),
+            Request::Run => self.machine().run_loaded(),
+            Request::Discard => self.machine().discard(),
+            Request::Throttle { percent } => self.machine().throttle(*percent),
+            Request::Status => Reply::Status(self.machine().status()),
+            Request::Verify => self.machine().verify(),
+            Request::Set { key, value } => self.machine().set(key, value),
+            Request::Stop => self.machine().stop(),
+            Request::Start => self.machine().start(),
+        };
+        self.line.send(&reply)?;
+        if *request == Request::Quit {
+            let _ = self.quit.send(());
         }
+        Ok(())
     }
 
     fn save(&mut self) -> std::io::Result<()> {
@@ -143,26 +151,11 @@ impl Client {
     }
 }
 
-fn answer(machine: &mut Machine, request: &Request) -> Reply {
-    match request {
-        Request::Describe => Reply::Identity(Identity {
-            pid: i32::try_from(std::process::id()).unwrap_or(0),
-            memory_fd: machine.memory().as_raw_fd(),
-            pages: machine.pages(),
-            phase: machine.phase(),
-        }),
-        Request::Pause => machine.pause(),
-        Request::Resume => machine.resume(),
-        Request::Run => machine.run_loaded(),
-        Request::Discard => machine.discard(),
-        Request::Throttle { percent } => machine.throttle(*percent),
-        Request::Status => Reply::Status(machine.status()),
-        Request::Verify => machine.verify(),
-        Request::Set { key, value } => machine.set(key, value),
-        Request::Stop => machine.stop(),
-        Request::Start => machine.start(),
-        Request::Save | Request::Load { .. } | Request::Quit => {
-            Reply::Refused("this command carries bytes and is answered elsewhere".to_owned())
-        }
+fn identity(machine: &Machine) -> Identity {
+    Identity {
+        pid: i32::try_from(std::process::id()).unwrap_or(0),
+        memory_fd: machine.memory().as_raw_fd(),
+        pages: machine.pages(),
+        phase: machine.phase(),
     }
 }
