@@ -10,8 +10,10 @@ const WINDOW: usize = 60;
 /// Moves after which the past weighs as much as the assumption that nothing is wrong.
 const PATIENCE: f64 = 3.0;
 const COVERAGE: f64 = 0.90;
-/// No correction is larger than this factor, either way.
+/// No correction of the middle is larger than this factor, either way.
 const FACTOR_MAX: f64 = 5.0;
+/// No interval is widened or narrowed further than this, as an exponent: squared already, a factor of 3 is one of 9.
+const WIDTH_MAX: f64 = 2.0;
 
 /// A correction of raw forecasts.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,7 +37,7 @@ impl Calibration {
         let width = quantile(&scaled, COVERAGE);
         let width = if scaled.is_empty() { 0.0 } else { trust * width.max(1.0 / FACTOR_MAX).ln() };
         let bound = FACTOR_MAX.ln();
-        Self { shift: shift.clamp(-bound, bound), width: width.clamp(-bound, bound).exp() }
+        Self { shift: shift.clamp(-bound, bound), width: width.exp().clamp(1.0 / FACTOR_MAX, WIDTH_MAX) }
     }
 
     pub(super) fn apply(&self, raw: Interval) -> Interval {

@@ -8,6 +8,8 @@ const PRIOR_MEAN_WEIGHT: f64 = 0.7;
 /// Degrees of freedom of the prior's variance, and the 95th percentile of a Student t with as many.
 const PRIOR_FREEDOM: f64 = 4.0;
 const PRIOR_T95: f64 = 2.132;
+/// An observation further off counts as this far off (Huber's bound), in scales of what was predicted.
+const OUTLIER_SCALES: f64 = 3.0;
 /// No quantity here is shorter than a nanosecond or longer than a day, in milliseconds.
 const VALUE_RANGE: (f64, f64) = (1e-6, 8.64e7);
 
@@ -39,7 +41,10 @@ impl Estimate {
             return;
         }
         self.fade();
-        let error = ln(value) - self.mean;
+        // One hiccup of a host (a value a hundred times too long, once) must not spoil the next hundred forecasts; a
+        // host that really became slower moves the mean in a few moves all the same.
+        let bound = OUTLIER_SCALES * self.scale();
+        let error = (ln(value) - self.mean).clamp(-bound, bound);
         let weight = self.mean_weight + 1.0;
         self.squares += error * error * self.mean_weight / weight;
         self.mean += error / weight;
@@ -55,6 +60,11 @@ impl Estimate {
         self.squares = variance * self.freedom;
     }
 
+    /// One standard deviation of the next value, logarithmic.
+    fn scale(&self) -> f64 {
+        (self.squares / self.freedom * (self.mean_weight + 1.0) / self.mean_weight).sqrt()
+    }
+
     /// The middle.
     pub(super) fn median(&self) -> f64 {
         self.mean.exp()
@@ -62,8 +72,7 @@ impl Estimate {
 
     /// The next value at the normal deviate `z`: 0 is the median, 1.645 the p95 of what is predicted.
     pub(super) fn at(&self, z: f64) -> f64 {
-        let scale = (self.squares / self.freedom * (self.mean_weight + 1.0) / self.mean_weight).sqrt();
-        let value = (self.mean + scale * student(z, self.freedom)).exp();
+        let value = (self.mean + self.scale() * student(z, self.freedom)).exp();
         value.clamp(VALUE_RANGE.0, VALUE_RANGE.1)
     }
 }
@@ -102,6 +111,17 @@ mod tests {
         }
         assert!((estimate.median() - 30.0).abs() < 1.5, "{}", estimate.median());
         assert!(estimate.at(Z95) / estimate.at(-Z95) < 2.5, "narrower than the prior's factor of 7.5");
+    }
+
+    #[test]
+    fn one_hiccup_hardly_counts_and_a_slower_host_is_learned() {
+        let mut estimate = Estimate::from_interval((2.0, 15.0), 0.97);
+        (0..20).for_each(|_| estimate.observe(5.0));
+        let before = estimate.at(Z95);
+        estimate.observe(5_000.0);
+        assert!(estimate.at(Z95) < 3.0 * before, "{} after {before}", estimate.at(Z95));
+        (0..12).for_each(|_| estimate.observe(50.0));
+        assert!(estimate.at(Z95) > 50.0, "{}", estimate.at(Z95));
     }
 
     #[test]

@@ -1,0 +1,554 @@
+//! The sending host: the real machine, a driver that obeys its contract, a fake guest, and the guardian.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use vmferry_datapath::{ByteLen, PageCount, RamBlock, RamLayout};
+use vmferry_session::{
+    AttemptId, CipherSuite, ConvergePlan, Decoder, FinalTotals, GuestFacts, History, Limits, Message, Offer,
+    OnNoConverge, PausedToken, Predictor, Priors, RoundReport, RunningToken, SealedToken, SessionError,
+    SourceAction, SourceEvent, SourceOutcome, SourcePlan, SourceSession, VERSION, Work,
+};
+
+use super::fake_guest::PAGES;
+use super::network::{Brought, ConnectionId, Delivery, Record};
+use super::target_host::TargetJob;
+use super::{Common, Due, End, FakeGuest, Network};
+
+/// The attempt of every story.
+pub const ATTEMPT: AttemptId = AttemptId::from_bytes([0xA7; 16]);
+
+/// Something that the driver does in the background.
+#[derive(Debug)]
+pub(super) struct SourceJob {
+    doing: Doing,
+}
+
+#[derive(Debug)]
+enum Doing {
+    OpenLanes,
+    Attach,
+    CopyRound { report: RoundReport, pages: BTreeSet<usize> },
+    Pause(PausedToken),
+    SendLast,
+    SaveState,
+    FinishLanes,
+    RecordSeal,
+    Reconnect,
+    Resume(PausedToken),
+    Retire(SealedToken),
+}
+
+/// What the VMM or the guardian was told, and may do although the driver died over it.
+#[derive(Clone, Copy, Debug)]
+enum Told {
+    Pause,
+    Resume,
+    Retire,
+    Seal,
+}
+
+#[derive(Debug)]
+enum Guardian {
+    Watching,
+    Sealed,
+    Dismissed,
+    Dead,
+    /// It saw the driver die after the seal, and says so.
+    SaysInDoubt,
+}
+
+/// The sending host.
+#[derive(Debug)]
+pub struct SourceHost {
+    /// The guest, which outlives its driver.
+    pub guest: FakeGuest,
+    session: Option<SourceSession>,
+    inbox: VecDeque<Post>,
+    connection: Option<ConnectionId>,
+    decoder: Decoder,
+    guardian: Guardian,
+    outcome: Option<SourceOutcome>,
+    interrupted: bool,
+    told: Option<Told>,
+    dirty_before: BTreeSet<usize>,
+    held: BTreeSet<usize>,
+    last_scan: Duration,
+    wake_at: Option<Duration>,
+}
+
+/// What the driver tells the session.
+#[derive(Debug)]
+enum Post {
+    Event(SourceEvent),
+    Round(RoundReport),
+}
+
+/// What the guests of all stories say about themselves.
+pub(super) fn facts() -> GuestFacts {
+    let len = PageCount(u64::try_from(PAGES).unwrap_or(0)).bytes();
+    let block = RamBlock { name: "ram".into(), len, page_bytes: 4096 };
+    let layout = RamLayout::new(vec![block]).unwrap_or_else(|error| unreachable!("{error}"));
+    GuestFacts { kind: "fake".into(), name: "fake".into(), facts: BTreeMap::new(), layout }
+}
+
+fn refused() -> SessionError {
+    SessionError::HostRefused("the story wants it so".into())
+}
+
+fn lost() -> SessionError {
+    SessionError::LinkLost("the lanes are gone".into())
+}
+
+impl SourceHost {
+    pub(super) fn new(_common: &mut Common, guest: FakeGuest) -> Self {
+        Self {
+            guest,
+            session: None,
+            inbox: VecDeque::new(),
+            connection: None,
+            decoder: Decoder::default(),
+            guardian: Guardian::Watching,
+            outcome: None,
+            interrupted: false,
+            told: None,
+            dirty_before: BTreeSet::new(),
+            held: BTreeSet::new(),
+            last_scan: Duration::ZERO,
+            wake_at: None,
+        }
+    }
+
+    /// How the driver's report read, if it lived to give one.
+    pub const fn outcome(&self) -> Option<&SourceOutcome> {
+        self.outcome.as_ref()
+    }
+
+    pub(super) fn begin(&mut self, common: &mut Common) {
+        self.connection = Some(Network::connect(common));
+        let limits = Limits { whole: common.story.timeout, ..Limits::DEFAULT };
+        let offer = Offer {
+            attempt: ATTEMPT,
+            versions: vec![VERSION],
+            ciphers: vec![CipherSuite::Aes256Gcm],
+            compressions: vec![],
+            lanes: 1,
+            verify: common.story.verify,
+            guest: facts(),
+        };
+        let downtime_limit = Duration::from_millis(if common.dice.per_mille(800) { 300 } else { 15 });
+        let on_no_converge = match common.dice.below(3) {
+            0 => OnNoConverge::Abort,
+            1 => OnNoConverge::Throttle,
+            _ => OnNoConverge::Force,
+        };
+        let converge = ConvergePlan { downtime_limit, on_no_converge };
+        let predictor = Predictor::new(Priors::PROCESS, &History::default());
+        let plan = SourcePlan { offer, limits, converge, predictor };
+        let (session, actions) = SourceSession::begin(RunningToken::claim(), plan, common.calendar.now());
+        self.session = Some(session);
+        self.perform_all(actions, common);
+        self.keep_time(common);
+    }
+
+    /// Posts, and everything that follows from it at once.
+    fn post(&mut self, post: Post, common: &mut Common) {
+        self.inbox.push_back(post);
+        while let Some(post) = self.inbox.pop_front() {
+            let Some(session) = &mut self.session else { return };
+            let now = common.calendar.now();
+            let actions = match post {
+                Post::Event(event) => session.handle(event, now),
+                Post::Round(report) => session.round_done(&report, now),
+            };
+            self.perform_all(actions, common);
+        }
+        self.keep_time(common);
+    }
+
+    fn event(&mut self, event: SourceEvent, common: &mut Common) {
+        self.post(Post::Event(event), common);
+    }
+
+    fn keep_time(&mut self, common: &mut Common) {
+        let deadline = self.session.as_ref().and_then(SourceSession::deadline);
+        if deadline != self.wake_at {
+            self.wake_at = deadline;
+            deadline.into_iter().for_each(|at| common.calendar.schedule_at(at, Due::Wake(End::Source)));
+        }
+    }
+
+    pub(super) fn wake(&mut self, common: &mut Common) {
+        if self.wake_at.is_some_and(|at| common.calendar.now() >= at) {
+            self.wake_at = None;
+            self.event(SourceEvent::Tick, common);
+        }
+    }
+
+    pub(super) fn cancel(&mut self, common: &mut Common) {
+        self.event(SourceEvent::Cancel, common);
+    }
+
+    pub(super) fn guest_writes(&mut self, common: &mut Common) {
+        self.guest.live(&mut common.dice);
+        if self.session.is_some() && self.guest.runs() {
+            let soon = common.dice.time(2_000, 20_000);
+            common.calendar.schedule(soon, Due::GuestWrites);
+        }
+    }
+
+    fn perform_all(&mut self, actions: Vec<SourceAction>, common: &mut Common) {
+        for action in actions {
+            self.perform(action, common);
+        }
+    }
+
+    fn perform(&mut self, action: SourceAction, common: &mut Common) {
+        match action {
+            SourceAction::Send(message) => self.send(&message, common),
+            SourceAction::OpenLanes(_) => Self::begin_job(Doing::OpenLanes, 3_000, common),
+            SourceAction::Attach => Self::begin_job(Doing::Attach, 3_000, common),
+            SourceAction::CopyRound { round } => self.copy_round(round, common),
+            SourceAction::SetThrottle { percent } => self.throttle(percent, common),
+            SourceAction::Pause(token) => {
+                self.told = Some(Told::Pause);
+                Self::begin_job(Doing::Pause(token.pause()), 5_000, common);
+            }
+            SourceAction::SendLast => Self::begin_job(Doing::SendLast, 5_000, common),
+            SourceAction::SaveState => Self::begin_job(Doing::SaveState, 8_000, common),
+            SourceAction::FinishLanes => Self::begin_job(Doing::FinishLanes, 2_000, common),
+            SourceAction::RecordSeal => {
+                self.told = Some(Told::Seal);
+                Self::begin_job(Doing::RecordSeal, 500, common);
+            }
+            SourceAction::ClearSeal => self.clear_seal(),
+            SourceAction::ReconnectAndAsk { .. } => Self::begin_job(Doing::Reconnect, 50_000, common),
+            SourceAction::Interrupt => self.interrupted = true,
+            SourceAction::Resume(token) => {
+                self.told = Some(Told::Resume);
+                Self::begin_job(Doing::Resume(token), 5_000, common);
+            }
+            SourceAction::CloseLanes => Network::cut_lanes(common),
+            SourceAction::Detach => self.guest.detach(),
+            SourceAction::Retire(token) => {
+                self.told = Some(Told::Retire);
+                Self::begin_job(Doing::Retire(token), 5_000, common);
+            }
+            SourceAction::Finish(outcome) => self.finish(outcome, common),
+        }
+    }
+
+    fn begin_job(doing: Doing, at_most_us: u64, common: &mut Common) {
+        let takes = common.dice.time(at_most_us / 10, at_most_us);
+        common.calendar.schedule(takes, Due::Source(SourceJob { doing }));
+    }
+
+    fn send(&mut self, message: &Message, common: &mut Common) {
+        let sent = self.connection.is_some_and(|at| Network::send(common, at, End::Source, message));
+        if !sent && self.connection.take().is_some() {
+            self.inbox.push_back(Post::Event(SourceEvent::ControlLost("a write failed".into())));
+        }
+    }
+
+    fn throttle(&mut self, percent: u8, common: &mut Common) {
+        if percent > 0 && common.dice.per_mille(common.story.refusals_per_mille * 5) {
+            self.inbox.push_back(Post::Event(SourceEvent::ThrottleFailed(refused())));
+        } else {
+            self.guest.set_throttle(percent);
+        }
+    }
+
+    fn clear_seal(&mut self) {
+        if matches!(self.guardian, Guardian::Sealed) {
+            self.guardian = Guardian::Watching;
+        }
+    }
+
+    fn finish(&mut self, outcome: SourceOutcome, common: &mut Common) {
+        // On a guest that would not resume, the guardian is let go without dismissal: it tries once more.
+        if matches!(outcome, SourceOutcome::PausedHere { .. }) {
+            common.calendar.schedule(Duration::from_millis(20), Due::GuardianNotices);
+        } else if !matches!(self.guardian, Guardian::Dead) {
+            self.guardian = Guardian::Dismissed;
+        }
+        self.outcome = Some(outcome);
+        self.end_driver(common);
+    }
+
+    fn end_driver(&mut self, common: &mut Common) {
+        self.session = None;
+        if let Some(connection) = self.connection.take() {
+            Network::close(common, connection, End::Source);
+        }
+    }
+
+    /// Scan now, send when the job is done: what is written in between is dirty again.
+    fn copy_round(&mut self, round: u32, common: &mut Common) {
+        let now = common.calendar.now();
+        let since_last_scan = now.saturating_sub(self.last_scan);
+        self.last_scan = now;
+        let mut dirty = self.guest.scan();
+        let pages = if round == 1 {
+            dirty.clear();
+            (0..PAGES).collect()
+        } else {
+            let hot: BTreeSet<usize> = dirty.intersection(&self.dirty_before).copied().collect();
+            let send: BTreeSet<usize> =
+                dirty.union(&self.held).filter(|page| !hot.contains(page)).copied().collect();
+            self.held = hot;
+            send
+        };
+        let report = RoundReport {
+            round,
+            since_last_scan: if round == 1 { Duration::ZERO } else { since_last_scan },
+            scan: Duration::from_micros(100),
+            dirty: count(dirty.len()),
+            sent: count(pages.len()),
+            held: count(self.held.len()),
+            wire: ByteLen(count(pages.len()).0 * 4160),
+            sending: Duration::from_millis(2),
+            ..RoundReport::default()
+        };
+        self.dirty_before = dirty;
+        Self::begin_job(Doing::CopyRound { report, pages }, 30_000, common);
+    }
+
+    fn send_pages(&self, pages: impl IntoIterator<Item = usize>, common: &mut Common) -> bool {
+        let lanes = &mut common.network.lanes;
+        let sent = pages.into_iter().all(|page| lanes.send(Record::Page(page, self.guest.read(page))));
+        Self::let_arrive(common);
+        sent
+    }
+
+    fn let_arrive(common: &mut Common) {
+        let flight = common.dice.time(50, 3_000);
+        common.calendar.schedule(flight, Due::Target(TargetJob::lanes_bring()));
+    }
+
+    /// A job is done, unless its driver is dead.
+    pub(super) fn job_done(&mut self, job: SourceJob, common: &mut Common) -> Result<(), String> {
+        if self.session.is_none() {
+            return Ok(());
+        }
+        let fails = common.dice.per_mille(common.story.refusals_per_mille);
+        let answer = match job.doing {
+            Doing::Pause(token) => self.paused(token, fails, common),
+            Doing::Resume(token) => self.resumed(token, fails, common)?,
+            Doing::Retire(token) => self.retired(token, fails),
+            Doing::Reconnect => self.reconnected(fails, common),
+            Doing::RecordSeal => self.seal_recorded(fails),
+            doing => match self.moving_done(doing, fails, common) {
+                Ok(post) => post,
+                Err(failure) => Post::Event(failure),
+            },
+        };
+        self.post(answer, common);
+        Ok(())
+    }
+
+    fn paused(&mut self, token: PausedToken, fails: bool, common: &mut Common) -> Post {
+        self.told = None;
+        if !fails || common.dice.per_mille(500) {
+            self.guest.pause();
+        }
+        let event =
+            if fails { SourceEvent::PauseFailed(token, refused()) } else { SourceEvent::Paused(token) };
+        Post::Event(event)
+    }
+
+    fn resumed(&mut self, token: PausedToken, fails: bool, common: &mut Common) -> Result<Post, String> {
+        self.told = None;
+        if !fails || common.dice.per_mille(500) {
+            self.guest.run()?;
+            common.calendar.schedule(Duration::ZERO, Due::GuestWrites);
+        }
+        let event = if fails {
+            SourceEvent::ResumeFailed(token, refused())
+        } else {
+            SourceEvent::Resumed(token.resume())
+        };
+        Ok(Post::Event(event))
+    }
+
+    fn retired(&mut self, token: SealedToken, fails: bool) -> Post {
+        self.told = None;
+        token.retire();
+        if fails {
+            return Post::Event(SourceEvent::RetireFailed(refused()));
+        }
+        self.guest.end();
+        Post::Event(SourceEvent::Retired)
+    }
+
+    fn reconnected(&mut self, fails: bool, common: &mut Common) -> Post {
+        if fails || self.interrupted || !common.network.target_listens {
+            return Post::Event(SourceEvent::WorkFailed(Work::Reconnect, refused()));
+        }
+        if let Some(old) = self.connection.take() {
+            Network::close(common, old, End::Source);
+        }
+        let connection = Network::connect(common);
+        self.connection = Some(connection);
+        self.decoder = Decoder::default();
+        Network::send(common, connection, End::Source, &Message::Ask { attempt: ATTEMPT });
+        Post::Event(SourceEvent::Reconnected)
+    }
+
+    fn seal_recorded(&mut self, fails: bool) -> Post {
+        self.told = None;
+        // A write that fails may have arrived all the same.
+        let alive = !matches!(self.guardian, Guardian::Dead);
+        if alive {
+            self.guardian = Guardian::Sealed;
+        }
+        let recorded = alive && !fails && !self.interrupted;
+        let failed = SourceEvent::WorkFailed(Work::RecordSeal, refused());
+        Post::Event(if recorded { SourceEvent::SealRecorded } else { failed })
+    }
+
+    /// Work that can be interrupted and that needs the lanes.
+    fn moving_done(&mut self, doing: Doing, fails: bool, common: &mut Common) -> Result<Post, SourceEvent> {
+        let work = match doing {
+            Doing::OpenLanes => Work::OpenLanes,
+            Doing::Attach => Work::Attach,
+            Doing::CopyRound { .. } => Work::CopyRound,
+            Doing::SendLast => Work::SendLast,
+            Doing::SaveState => Work::SaveState,
+            _ => Work::FinishLanes,
+        };
+        if self.interrupted || fails {
+            return Err(SourceEvent::WorkFailed(
+                work,
+                if fails { refused() } else { SessionError::Cancelled },
+            ));
+        }
+        let no_lanes = move || SourceEvent::WorkFailed(work, lost());
+        match doing {
+            Doing::OpenLanes => common
+                .network
+                .lanes
+                .open()
+                .then_some(Post::Event(SourceEvent::LanesOpened))
+                .ok_or_else(no_lanes),
+            Doing::Attach => {
+                self.guest.attach();
+                Ok(Post::Event(SourceEvent::Attached))
+            }
+            Doing::CopyRound { report, pages } => {
+                self.send_pages(pages, common).then_some(Post::Round(report)).ok_or_else(no_lanes)
+            }
+            Doing::SendLast => {
+                let mut last = self.guest.scan();
+                last.append(&mut self.held);
+                let sent = self.send_pages(last, common);
+                sent.then_some(Post::Event(SourceEvent::LastSent)).ok_or_else(no_lanes)
+            }
+            Doing::SaveState => {
+                let register = self.guest.save(&mut common.dice);
+                let sent = common.network.lanes.send(Record::State(register));
+                Self::let_arrive(common);
+                sent.then_some(Post::Event(SourceEvent::StateSaved)).ok_or_else(no_lanes)
+            }
+            _ => self
+                .finish_lanes(common)
+                .map(|totals| Post::Event(SourceEvent::LanesFinished(totals)))
+                .ok_or_else(no_lanes),
+        }
+    }
+
+    fn finish_lanes(&mut self, common: &mut Common) -> Option<FinalTotals> {
+        let saved_over = self.guest.scan();
+        let sent = self.send_pages(saved_over, common) && common.network.lanes.send(Record::End);
+        Self::let_arrive(common);
+        let digest = common.story.verify.then(|| self.guest.digest());
+        sent.then(|| FinalTotals { lanes: vec![common.network.lanes.tally()], state_bytes: 8, digest })
+    }
+
+    pub(super) fn on_delivery(&mut self, delivery: &Delivery, common: &mut Common) {
+        if self.connection != Some(delivery.connection) || !common.network.gets_through(delivery) {
+            return;
+        }
+        match &delivery.what {
+            Brought::Opened => {}
+            Brought::Bytes(bytes) => {
+                self.decoder.push(bytes);
+                while let Ok(Some(message)) = self.decoder.next_message() {
+                    self.event(SourceEvent::Message(message), common);
+                }
+            }
+            Brought::Closed => {
+                self.connection = None;
+                self.event(SourceEvent::ControlLost("the connection ended".into()), common);
+            }
+        }
+    }
+
+    /// `kill -9`: what it had told the VMM or the guardian happens at once or never.
+    pub(super) fn kill(&mut self, common: &mut Common) {
+        if self.session.is_none() {
+            return;
+        }
+        match self.told.take().filter(|_| common.dice.per_mille(500)) {
+            Some(Told::Pause) => self.guest.pause(),
+            Some(Told::Resume) => self.guest.run().unwrap_or_default(),
+            Some(Told::Retire) => self.guest.end(),
+            Some(Told::Seal) if !matches!(self.guardian, Guardian::Dead) => self.guardian = Guardian::Sealed,
+            Some(Told::Seal) | None => {}
+        }
+        // The kernel closes what the process held, the userfaultfd too.
+        self.guest.detach();
+        self.end_driver(common);
+        Network::cut_lanes(common);
+        let notices = common.dice.time(1_000, 50_000);
+        common.calendar.schedule(notices, Due::GuardianNotices);
+    }
+
+    pub(super) fn kill_guardian(&mut self) {
+        if !matches!(self.guardian, Guardian::Dismissed | Guardian::SaysInDoubt) {
+            self.guardian = Guardian::Dead;
+        }
+    }
+
+    pub(super) fn guardian_notices(&mut self) {
+        match self.guardian {
+            Guardian::Watching => {
+                self.guest.set_throttle(0);
+                self.guest.run().unwrap_or_default();
+                self.guardian = Guardian::Dismissed;
+            }
+            Guardian::Sealed => self.guardian = Guardian::SaysInDoubt,
+            Guardian::Dismissed | Guardian::Dead | Guardian::SaysInDoubt => {}
+        }
+    }
+
+    /// Why nobody runs the guest, where somebody says so.
+    pub(super) fn named_doubt(&self) -> Option<String> {
+        match (&self.outcome, &self.guardian) {
+            (Some(SourceOutcome::InDoubt { last }), _) => Some(format!("in doubt: {last}")),
+            (Some(SourceOutcome::PausedHere { refusal, .. }), _) => Some(format!("paused here: {refusal}")),
+            (None, Guardian::SaysInDoubt) => Some("in doubt, says the guardian".into()),
+            (None, Guardian::Dead) => Some("driver and guardian both died".into()),
+            _ => None,
+        }
+    }
+
+    /// No driver hangs, and no guest keeps a trace.
+    pub(super) fn check_end(&self) -> Result<(), String> {
+        if self.session.is_some() {
+            return Err(format!("the source's driver waits for nothing: {self:?}"));
+        }
+        if self.guest.tracked() {
+            return Err("the source left its tracker behind".into());
+        }
+        let someone_cared =
+            self.outcome.is_some() || !matches!(self.guardian, Guardian::Dead | Guardian::SaysInDoubt);
+        if self.guest.throttle() > 0 && someone_cared {
+            return Err(format!("the guest is still slowed down: {self:?}"));
+        }
+        Ok(())
+    }
+}
+
+fn count(pages: usize) -> PageCount {
+    PageCount(u64::try_from(pages).unwrap_or(u64::MAX))
+}
