@@ -10,6 +10,8 @@ const PRIOR_FREEDOM: f64 = 4.0;
 const PRIOR_T95: f64 = 2.132;
 /// An observation further off counts as this far off (Huber's bound), in scales of what was predicted.
 const OUTLIER_SCALES: f64 = 3.0;
+/// However narrow the belief, an observation off by this factor counts in full: a host that changed is learned soon.
+const OUTLIER_FACTOR_MIN: f64 = 3.0;
 /// No quantity here is shorter than a nanosecond or longer than a day, in milliseconds.
 const VALUE_RANGE: (f64, f64) = (1e-6, 8.64e7);
 
@@ -43,7 +45,7 @@ impl Estimate {
         self.fade();
         // One hiccup of a host (a value a hundred times too long, once) must not spoil the next hundred forecasts; a
         // host that really became slower moves the mean in a few moves all the same.
-        let bound = OUTLIER_SCALES * self.scale();
+        let bound = (OUTLIER_SCALES * self.scale()).max(OUTLIER_FACTOR_MIN.ln());
         let error = (ln(value) - self.mean).clamp(-bound, bound);
         let weight = self.mean_weight + 1.0;
         self.squares += error * error * self.mean_weight / weight;
