@@ -13,11 +13,15 @@ mod ferry;
 mod growth;
 mod guest;
 mod histogram;
+mod lane;
 mod measure;
+mod memory;
 mod migrate;
 mod output;
+mod parts;
 mod plot;
 mod qemu_move;
+mod ring;
 mod scenario;
 
 use std::process::ExitCode;
@@ -42,6 +46,12 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// What guest memory costs to look at: copies and zero pages.
+    Page(parts::PartsArgs),
+    /// A sealed lane against AES-GCM alone.
+    Seal(parts::PartsArgs),
+    /// A lane over loopback against a bare io_uring loop.
+    Link(parts::PartsArgs),
     /// The same guest moved by QEMU (plain, multifd, multifd with TLS) and by vmferry.
     Migrate(migrate::MigrateArgs),
     /// Many moves there and back: how long the guest was away, as a table, an .hlog and a plot.
@@ -54,6 +64,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let mut output = Output::new(cli.json);
     let done = match &cli.what {
+        What::Page(args) => parts::page(args, cli.quick, &mut output),
+        What::Seal(args) => parts::seal(args, cli.quick, &mut output),
+        What::Link(args) => parts::link(args, cli.quick, &mut output),
         What::Migrate(args) => migrate::run(args, cli.quick, &mut output),
         What::Downtime(args) => downtime::run(args, cli.quick, &mut output),
         What::Growth(args) => growth::run(args, cli.quick, &mut output),

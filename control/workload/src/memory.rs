@@ -35,6 +35,9 @@ pub struct MappedPages {
 // SAFETY: the mapping belongs to this value alone, and volatile word access does not depend on the thread.
 unsafe impl Send for MappedPages {}
 
+// SAFETY: a shared reference only loads; storing takes `&mut`.
+unsafe impl Sync for MappedPages {}
+
 impl MappedPages {
     /// Private anonymous memory, zero at first.
     pub fn anonymous(pages: usize) -> rustix::io::Result<Self> {
