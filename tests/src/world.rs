@@ -14,6 +14,7 @@
 
 mod dice;
 mod fake_guest;
+mod guardian;
 mod network;
 mod source_host;
 mod story;

@@ -7,7 +7,7 @@ use std::hash::{Hash, Hasher};
 use super::Dice;
 
 /// Pages of a fake guest.
-pub const PAGES: usize = 48;
+pub(super) const PAGES: usize = 48;
 /// Pages that it writes most of the time.
 const HOT: usize = 4;
 

@@ -32,7 +32,7 @@ pub enum Cut {
 }
 
 /// Names a connection.
-pub type ConnectionId = usize;
+pub(super) type ConnectionId = usize;
 
 /// What a connection brings to one end.
 #[derive(Clone, Debug)]

@@ -11,12 +11,13 @@ use vmferry_session::{
 };
 
 use super::fake_guest::PAGES;
+use super::guardian::Guardian;
 use super::network::{Brought, ConnectionId, Delivery, Record};
 use super::target_host::TargetJob;
 use super::{Common, Due, End, FakeGuest, Network};
 
 /// The attempt of every story.
-pub const ATTEMPT: AttemptId = AttemptId::from_bytes([0xA7; 16]);
+const ATTEMPT: AttemptId = AttemptId::from_bytes([0xA7; 16]);
 
 /// Something that the driver does in the background.
 #[derive(Debug)]
@@ -26,17 +27,36 @@ pub(super) struct SourceJob {
 
 #[derive(Debug)]
 enum Doing {
-    OpenLanes,
-    Attach,
-    CopyRound { report: RoundReport, pages: BTreeSet<usize> },
+    Move(Moving),
     Pause(PausedToken),
-    SendLast,
-    SaveState,
-    FinishLanes,
     RecordSeal,
     Reconnect,
     Resume(PausedToken),
     Retire(SealedToken),
+}
+
+/// Work that needs the lanes or the tracker, and that can be interrupted.
+#[derive(Debug)]
+enum Moving {
+    OpenLanes,
+    Attach,
+    CopyRound { report: RoundReport, pages: BTreeSet<usize> },
+    SendLast,
+    SaveState,
+    FinishLanes,
+}
+
+impl Moving {
+    const fn work(&self) -> Work {
+        match self {
+            Self::OpenLanes => Work::OpenLanes,
+            Self::Attach => Work::Attach,
+            Self::CopyRound { .. } => Work::CopyRound,
+            Self::SendLast => Work::SendLast,
+            Self::SaveState => Work::SaveState,
+            Self::FinishLanes => Work::FinishLanes,
+        }
+    }
 }
 
 /// What the VMM or the guardian was told, and may do although the driver died over it.
@@ -46,16 +66,6 @@ enum Told {
     Resume,
     Retire,
     Seal,
-}
-
-#[derive(Debug)]
-enum Guardian {
-    Watching,
-    Sealed,
-    Dismissed,
-    Dead,
-    /// It saw the driver die after the seal, and says so.
-    SaysInDoubt,
 }
 
 /// The sending host.
@@ -94,10 +104,6 @@ pub(super) fn facts() -> GuestFacts {
 
 fn refused() -> SessionError {
     SessionError::HostRefused("the story wants it so".into())
-}
-
-fn lost() -> SessionError {
-    SessionError::LinkLost("the lanes are gone".into())
 }
 
 impl SourceHost {
@@ -206,22 +212,22 @@ impl SourceHost {
     fn perform(&mut self, action: SourceAction, common: &mut Common) {
         match action {
             SourceAction::Send(message) => self.send(&message, common),
-            SourceAction::OpenLanes(_) => Self::begin_job(Doing::OpenLanes, 3_000, common),
-            SourceAction::Attach => Self::begin_job(Doing::Attach, 3_000, common),
+            SourceAction::OpenLanes(_) => Self::begin_job(Doing::Move(Moving::OpenLanes), 3_000, common),
+            SourceAction::Attach => Self::begin_job(Doing::Move(Moving::Attach), 3_000, common),
             SourceAction::CopyRound { round } => self.copy_round(round, common),
             SourceAction::SetThrottle { percent } => self.throttle(percent, common),
             SourceAction::Pause(token) => {
                 self.told = Some(Told::Pause);
                 Self::begin_job(Doing::Pause(token.pause()), 5_000, common);
             }
-            SourceAction::SendLast => Self::begin_job(Doing::SendLast, 5_000, common),
-            SourceAction::SaveState => Self::begin_job(Doing::SaveState, 8_000, common),
-            SourceAction::FinishLanes => Self::begin_job(Doing::FinishLanes, 2_000, common),
+            SourceAction::SendLast => Self::begin_job(Doing::Move(Moving::SendLast), 5_000, common),
+            SourceAction::SaveState => Self::begin_job(Doing::Move(Moving::SaveState), 8_000, common),
+            SourceAction::FinishLanes => Self::begin_job(Doing::Move(Moving::FinishLanes), 2_000, common),
             SourceAction::RecordSeal => {
                 self.told = Some(Told::Seal);
                 Self::begin_job(Doing::RecordSeal, 500, common);
             }
-            SourceAction::ClearSeal => self.clear_seal(),
+            SourceAction::ClearSeal => self.guardian.unseal(),
             SourceAction::ReconnectAndAsk { .. } => Self::begin_job(Doing::Reconnect, 50_000, common),
             SourceAction::Interrupt => self.interrupted = true,
             SourceAction::Resume(token) => {
@@ -258,18 +264,12 @@ impl SourceHost {
         }
     }
 
-    fn clear_seal(&mut self) {
-        if matches!(self.guardian, Guardian::Sealed) {
-            self.guardian = Guardian::Watching;
-        }
-    }
-
     fn finish(&mut self, outcome: SourceOutcome, common: &mut Common) {
         // On a guest that would not resume, the guardian is let go without dismissal: it tries once more.
         if matches!(outcome, SourceOutcome::PausedHere { .. }) {
             common.calendar.schedule(Duration::from_millis(20), Due::GuardianNotices);
-        } else if !matches!(self.guardian, Guardian::Dead) {
-            self.guardian = Guardian::Dismissed;
+        } else {
+            self.guardian.dismiss();
         }
         self.outcome = Some(outcome);
         self.end_driver(common);
@@ -310,7 +310,7 @@ impl SourceHost {
             ..RoundReport::default()
         };
         self.dirty_before = dirty;
-        Self::begin_job(Doing::CopyRound { report, pages }, 30_000, common);
+        Self::begin_job(Doing::Move(Moving::CopyRound { report, pages }), 30_000, common);
     }
 
     fn send_pages(&self, pages: impl IntoIterator<Item = usize>, common: &mut Common) -> bool {
@@ -337,10 +337,7 @@ impl SourceHost {
             Doing::Retire(token) => self.retired(token, fails),
             Doing::Reconnect => self.reconnected(fails, common),
             Doing::RecordSeal => self.seal_recorded(fails),
-            doing => match self.moving_done(doing, fails, common) {
-                Ok(post) => post,
-                Err(failure) => Post::Event(failure),
-            },
+            Doing::Move(moving) => self.moving_done(moving, fails, common),
         };
         self.post(answer, common);
         Ok(())
@@ -397,63 +394,46 @@ impl SourceHost {
     fn seal_recorded(&mut self, fails: bool) -> Post {
         self.told = None;
         // A write that fails may have arrived all the same.
-        let alive = !matches!(self.guardian, Guardian::Dead);
-        if alive {
-            self.guardian = Guardian::Sealed;
-        }
-        let recorded = alive && !fails && !self.interrupted;
+        let recorded = self.guardian.seal() && !fails && !self.interrupted;
         let failed = SourceEvent::WorkFailed(Work::RecordSeal, refused());
         Post::Event(if recorded { SourceEvent::SealRecorded } else { failed })
     }
 
-    /// Work that can be interrupted and that needs the lanes.
-    fn moving_done(&mut self, doing: Doing, fails: bool, common: &mut Common) -> Result<Post, SourceEvent> {
-        let work = match doing {
-            Doing::OpenLanes => Work::OpenLanes,
-            Doing::Attach => Work::Attach,
-            Doing::CopyRound { .. } => Work::CopyRound,
-            Doing::SendLast => Work::SendLast,
-            Doing::SaveState => Work::SaveState,
-            _ => Work::FinishLanes,
-        };
+    fn moving_done(&mut self, moving: Moving, fails: bool, common: &mut Common) -> Post {
+        let work = moving.work();
         if self.interrupted || fails {
-            return Err(SourceEvent::WorkFailed(
-                work,
-                if fails { refused() } else { SessionError::Cancelled },
-            ));
+            let error = if fails { refused() } else { SessionError::Cancelled };
+            return Post::Event(SourceEvent::WorkFailed(work, error));
         }
-        let no_lanes = move || SourceEvent::WorkFailed(work, lost());
-        match doing {
-            Doing::OpenLanes => common
-                .network
-                .lanes
-                .open()
-                .then_some(Post::Event(SourceEvent::LanesOpened))
-                .ok_or_else(no_lanes),
-            Doing::Attach => {
+        let lost = SessionError::LinkLost("the lanes are gone".into());
+        self.try_move(moving, common).unwrap_or(Post::Event(SourceEvent::WorkFailed(work, lost)))
+    }
+
+    /// None: the lanes are gone.
+    fn try_move(&mut self, moving: Moving, common: &mut Common) -> Option<Post> {
+        let event = match moving {
+            Moving::OpenLanes => common.network.lanes.open().then_some(SourceEvent::LanesOpened)?,
+            Moving::Attach => {
                 self.guest.attach();
-                Ok(Post::Event(SourceEvent::Attached))
+                SourceEvent::Attached
             }
-            Doing::CopyRound { report, pages } => {
-                self.send_pages(pages, common).then_some(Post::Round(report)).ok_or_else(no_lanes)
+            Moving::CopyRound { report, pages } => {
+                return self.send_pages(pages, common).then_some(Post::Round(report));
             }
-            Doing::SendLast => {
+            Moving::SendLast => {
                 let mut last = self.guest.scan();
                 last.append(&mut self.held);
-                let sent = self.send_pages(last, common);
-                sent.then_some(Post::Event(SourceEvent::LastSent)).ok_or_else(no_lanes)
+                self.send_pages(last, common).then_some(SourceEvent::LastSent)?
             }
-            Doing::SaveState => {
+            Moving::SaveState => {
                 let register = self.guest.save(&mut common.dice);
                 let sent = common.network.lanes.send(Record::State(register));
                 Self::let_arrive(common);
-                sent.then_some(Post::Event(SourceEvent::StateSaved)).ok_or_else(no_lanes)
+                sent.then_some(SourceEvent::StateSaved)?
             }
-            _ => self
-                .finish_lanes(common)
-                .map(|totals| Post::Event(SourceEvent::LanesFinished(totals)))
-                .ok_or_else(no_lanes),
-        }
+            Moving::FinishLanes => SourceEvent::LanesFinished(self.finish_lanes(common)?),
+        };
+        Some(Post::Event(event))
     }
 
     fn finish_lanes(&mut self, common: &mut Common) -> Option<FinalTotals> {
@@ -492,8 +472,10 @@ impl SourceHost {
             Some(Told::Pause) => self.guest.pause(),
             Some(Told::Resume) => self.guest.run().unwrap_or_default(),
             Some(Told::Retire) => self.guest.end(),
-            Some(Told::Seal) if !matches!(self.guardian, Guardian::Dead) => self.guardian = Guardian::Sealed,
-            Some(Told::Seal) | None => {}
+            Some(Told::Seal) => {
+                self.guardian.seal();
+            }
+            None => {}
         }
         // The kernel closes what the process held, the userfaultfd too.
         self.guest.detach();
@@ -504,21 +486,11 @@ impl SourceHost {
     }
 
     pub(super) fn kill_guardian(&mut self) {
-        if !matches!(self.guardian, Guardian::Dismissed | Guardian::SaysInDoubt) {
-            self.guardian = Guardian::Dead;
-        }
+        self.guardian.kill();
     }
 
     pub(super) fn guardian_notices(&mut self) {
-        match self.guardian {
-            Guardian::Watching => {
-                self.guest.set_throttle(0);
-                self.guest.run().unwrap_or_default();
-                self.guardian = Guardian::Dismissed;
-            }
-            Guardian::Sealed => self.guardian = Guardian::SaysInDoubt,
-            Guardian::Dismissed | Guardian::Dead | Guardian::SaysInDoubt => {}
-        }
+        self.guardian.notice(&mut self.guest);
     }
 
     /// Why nobody runs the guest, where somebody says so.
