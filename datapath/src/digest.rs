@@ -28,6 +28,17 @@ pub struct BlockDigest {
 #[serde(transparent)]
 pub struct RamDigest(pub Vec<BlockDigest>);
 
+/// One line for all blocks, short enough for any message.
+impl std::fmt::Display for RamDigest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut whole = blake3::Hasher::new();
+        for block in &self.0 {
+            whole.update(block.blake3.as_bytes());
+        }
+        write!(f, "{}", whole.finalize().to_hex())
+    }
+}
+
 /// Chunks hashed in one go by one thread: 64 MiB of guest, 256 KiB of hashes.
 const SPAN_CHUNKS: u64 = 256;
 const LEAF_BYTES: usize = 16;

@@ -68,6 +68,9 @@ pub enum LinkFault {
     /// It was closed on this host, by `abort` or by dropping the sender or receiver.
     #[error("the transfer was stopped on this host")]
     Stopped,
+    /// The other host took in nothing for a long time.
+    #[error("the other host took in nothing for 30 s")]
+    Stalled,
     /// The kernel reported an error on it.
     #[error("the connection failed: {0}")]
     Failed(#[source] Errno),

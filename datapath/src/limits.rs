@@ -1,3 +1,72 @@
-//! Every limit, named.
+//! Every limit of the data path, named, and the memory that they add up to.
+//!
+//! Buffers are allocated and registered before the first record and none after, so the sum below is what a
+//! transfer costs, however large the guest is.
+
+use std::time::Duration;
+
+use crate::frame::RECORD_BYTES_MAX;
+use crate::page::CHUNK_BYTES;
+
 /// The most lanes of one transfer.
 pub const LANES_MAX: usize = 16;
+
+/// Buffers that a sending lane fills while others are on their way: one filling, one in the kernel, one waiting.
+pub const SEND_SLOTS: usize = 3;
+/// Bytes of one of them: the longest record, rounded up to whole pages.
+pub const SLOT_BYTES: usize = RECORD_BYTES_MAX.next_multiple_of(4096);
+/// Bytes that a receiving lane can hold before they are opened: a few of the longest records.
+pub const RECEIVE_BYTES: usize = 1 << 20;
+/// The same of the credit direction, in which only small records travel.
+pub const CREDIT_BYTES: usize = 1 << 16;
+/// Buffers for the credit direction.
+pub const CREDIT_SLOTS: usize = 2;
+
+/// Wire bytes that a lane may be ahead of its receiver's last credit.
+pub const WINDOW_BYTES: u64 = 8 << 20;
+/// Wire bytes after which a receiver gives credit without being asked.
+pub const CREDIT_EVERY_BYTES: u64 = 1 << 20;
+
+/// Chunks that travel to a lane as one order, and orders that may wait there.
+pub const ORDER_CHUNKS: usize = 16;
+/// Orders that may wait at a lane: with the above 16 MiB of guest, so a stop takes effect soon.
+pub const LANE_ORDERS: usize = 4;
+
+/// Device state that may wait for its reader on the target.
+pub const STATE_PIPE_BYTES: usize = 1 << 20;
+
+/// How long a peer may take in nothing while something is owed before the link is given up.
+pub const STALL_MAX: Duration = Duration::from_secs(30);
+/// How often an idle lane looks at its link, and a waiting caller is asked whether to go on.
+pub const TICK: Duration = Duration::from_millis(5);
+/// How long an idle lane sleeps.
+pub const IDLE: Duration = Duration::from_millis(50);
+
+/// The guest that the budget is stated for.
+const BUDGET_GUEST_PAGES: usize = (4 << 30) / 4096;
+/// What a process may use for a guest of 4 GiB.
+pub const BUDGET_BYTES: usize = 64 << 20;
+
+/// A sending lane: slots, credit ring, and the scratch of compression (one chunk gathered).
+const SENDING_LANE_BYTES: usize = SEND_SLOTS * SLOT_BYTES + CREDIT_BYTES + CHUNK_BYTES;
+/// Orders waiting at a lane: two words a chunk, or device state.
+const ORDERS_BYTES: usize = LANE_ORDERS * (CHUNK_BYTES + ORDER_CHUNKS * 16);
+/// A receiving lane: ring, credit slots, and the scratch of decompression.
+const RECEIVING_LANE_BYTES: usize = RECEIVE_BYTES + CREDIT_SLOTS * 4096 + CHUNK_BYTES;
+
+/// A source with every lane: lanes, state orders (lane 0 only), eight hashes bytes a page, and twelve page sets.
+const SOURCE_BYTES: usize =
+    LANES_MAX * SENDING_LANE_BYTES + ORDERS_BYTES + BUDGET_GUEST_PAGES * 8 + 12 * BUDGET_GUEST_PAGES / 8;
+/// A target with every lane: lanes, device state, and twelve page sets.
+const TARGET_BYTES: usize = LANES_MAX * RECEIVING_LANE_BYTES + STATE_PIPE_BYTES + 12 * BUDGET_GUEST_PAGES / 8;
+
+const _: () =
+    assert!(SOURCE_BYTES < BUDGET_BYTES / 2, "the source leaves half of the budget to everyone else");
+const _: () =
+    assert!(TARGET_BYTES < BUDGET_BYTES / 2, "the target leaves half of the budget to everyone else");
+const _: () =
+    assert!(RECEIVE_BYTES >= 2 * RECORD_BYTES_MAX, "a whole record must fit beside the next one's start");
+const _: () = assert!(
+    WINDOW_BYTES >= 2 * CREDIT_EVERY_BYTES + RECORD_BYTES_MAX as u64,
+    "credit must outrun the window"
+);

@@ -1,52 +1,129 @@
-//! The receiving half.
-use std::io::{self, Read};
+//! The receiving half: everything that arrives is hostile until its tag was checked.
+//!
+//! ```text
+//!   link ──► lane thread ──► guest RAM            lane 0 ──► StateStream ──► the VMM
+//! ```
+//!
+//! Discard the target's memory before starting: a zero page on a page that nobody wrote is then no work at all.
+
 use std::sync::Arc;
 
-use crate::{Cipher, DataError, GuestRam, LaneEnd, LaneTotals, Meter};
+use crate::error::DataError;
+use crate::frame::{Credit, FrameFault};
+use crate::guest_ram::{GuestRam, RamError};
+use crate::lane::{Crew, LaneEnd};
+use crate::limits::{CREDIT_SLOTS, RECEIVE_BYTES};
+use crate::link::LinkPlan;
+use crate::meter::Meter;
+use crate::seal::Cipher;
+use crate::send::LaneTotals;
+
+pub(crate) mod lane;
+mod state_pipe;
+
+pub use state_pipe::StateStream;
+
+use lane::{Ending, ReceiveLane, Written};
+use state_pipe::StatePipe;
 
 /// Takes in pages and device state from all lanes.
-pub struct Receiver {}
+pub struct Receiver {
+    crew: Crew,
+    endings: Vec<Arc<Ending>>,
+    state: Arc<StatePipe>,
+}
 
-/// The device state as it arrives on lane 0: ends where the sender ended it, fails when the lane does.
-pub struct StateStream {}
-
-const SKELETON: DataError = DataError::Bug("the receiver is not built yet");
+/// The buffers of a receiving lane's link. Credit is all that it sends.
+pub(crate) const RECEIVE_LINK: LinkPlan =
+    LinkPlan { send_slots: CREDIT_SLOTS, slot_bytes: 4096, receive_bytes: RECEIVE_BYTES };
 
 impl Receiver {
     /// Starts a pinned thread for each lane; every buffer is allocated and registered when this returns.
     pub fn start(
-        _ram: Arc<GuestRam>,
-        _lanes: Vec<LaneEnd>,
-        _cipher: Cipher,
+        ram: Arc<GuestRam>,
+        lanes: Vec<LaneEnd>,
+        cipher: Cipher,
     ) -> Result<(Receiver, StateStream), DataError> {
-        Err(SKELETON)
+        let populated = ram.populated().map_err(|error| match error {
+            RamError::HostRefused { service, errno, .. } => DataError::HostRefused {
+                service,
+                fix: "run vmferry as root or as the user of the VMM",
+                errno,
+            },
+            _ => DataError::Bug("the target's memory could not be looked at"),
+        })?;
+        let (written, state) = (Arc::new(Written::new(&populated)), StatePipe::new());
+        let mut endings = Vec::with_capacity(lanes.len());
+        let crew = Crew::muster(lanes, cipher, RECEIVE_LINK, |number| {
+            let (ram, written, ending) = (Arc::clone(&ram), Arc::clone(&written), Arc::new(Ending::new()));
+            endings.push(Arc::clone(&ending));
+            let pipe = Arc::clone(&state);
+            move |kit| {
+                let fate = Arc::clone(&kit.fate);
+                let state = (number == 0).then(|| Arc::clone(&pipe));
+                let lane = ReceiveLane::new(kit, ram, written, ending, state);
+                let outcome = lane.and_then(ReceiveLane::run);
+                if let Err(failure) = &outcome {
+                    // Whoever reads the state must not wait for a transfer that is over.
+                    fate.fail(failure.clone());
+                    pipe.end(Err(fate.cause()));
+                }
+                outcome
+            }
+        })?;
+        let stream = StateStream(Arc::clone(&state));
+        Ok((Receiver { crew, endings, state }, stream))
     }
 
-    /// Returns when every lane has ended with exactly these totals. `Ok(false)` when `go_on` said no.
+    /// Returns when every lane has ended with exactly these totals. `Ok(false)` as soon as `go_on`, asked every
+    /// few milliseconds, says no.
     pub fn wait_complete(
         &mut self,
-        _totals: &[LaneTotals],
-        _go_on: &mut dyn FnMut() -> bool,
+        totals: &[LaneTotals],
+        go_on: &mut dyn FnMut() -> bool,
     ) -> Result<bool, DataError> {
-        Err(SKELETON)
+        while !self.endings.iter().all(|ending| ending.get().is_some()) {
+            if self.crew.fate.is_stopped() {
+                return Err(self.crew.fate.cause());
+            }
+            if !go_on() {
+                return Ok(false);
+            }
+            self.crew.fate.wait_tick();
+        }
+        for (lane, ending) in (0_u16..).zip(&self.endings) {
+            let got = ending.get().copied().unwrap_or_default();
+            let mut of_lane = totals.iter().filter(|totals| totals.lane == lane);
+            let expected =
+                of_lane.next().map_or(Credit::default(), |t| Credit { records: t.records, bytes: t.bytes });
+            if expected != got || of_lane.next().is_some() || totals.len() != self.endings.len() {
+                let fault = FrameFault::TotalsDiffer { expected: expected.records, got: got.records };
+                return Err(DataError::PeerMisbehaved { lane, fault });
+            }
+        }
+        Ok(true)
     }
 
     /// What was taken in so far.
     pub fn meter(&self) -> Meter {
-        Meter::default()
+        Meter::read(self.crew.gauges.iter().map(AsRef::as_ref))
     }
 
     /// The first failure of any lane.
     pub fn failure(&self) -> Option<DataError> {
-        None
+        self.crew.fate.failure()
     }
 
     /// Closes every link and ends every lane at once.
-    pub fn abort(&mut self) {}
+    pub fn abort(&mut self) {
+        self.crew.fate.stop();
+        self.state.end(Err(self.crew.fate.cause()));
+        self.crew.disband();
+    }
 }
 
-impl Read for StateStream {
-    fn read(&mut self, _into: &mut [u8]) -> io::Result<usize> {
-        Err(io::Error::other(SKELETON))
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.abort();
     }
 }

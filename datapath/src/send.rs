@@ -1,27 +1,34 @@
-//! The sending half.
-use std::sync::Arc;
+//! The sending half: pages, zero pages and device state, over all lanes.
+//!
+//! ```text
+//!   send(pages) ── chunk % lanes ──► bounded queue ──► lane thread ──► link
+//! ```
+//!
+//! The caller's thread only sorts chunks onto lanes. It asks `go_on` every few milliseconds, and is never blocked
+//! for longer by a stuck peer. What must never happen: a page on two lanes; the lane follows from the address.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_channel::{RecvTimeoutError, SendTimeoutError, Sender as Queue, bounded};
 use serde::{Deserialize, Serialize};
 
-use crate::{Cipher, DataError, GuestRam, LaneKey, Link, PageSet};
+use crate::error::DataError;
+use crate::guest_ram::GuestRam;
+use crate::lane::{Crew, LaneEnd};
+use crate::limits::{CREDIT_BYTES, LANE_ORDERS, SEND_SLOTS, SLOT_BYTES, TICK, WINDOW_BYTES};
+use crate::link::LinkPlan;
+use crate::meter::Meter;
+use crate::page::CHUNK_BYTES;
+use crate::page_set::PageSet;
+use crate::seal::Cipher;
 
-/// The keys of one lane, one for each direction.
-pub struct LaneKeys {
-    /// Seals what this host sends.
-    pub outbound: LaneKey,
-    /// Opens what the other host sends.
-    pub inbound: LaneKey,
-}
+pub(crate) mod body;
+pub(crate) mod lane;
+mod pacer;
 
-/// This host's end of one lane.
-pub struct LaneEnd {
-    /// The transport.
-    pub link: Box<dyn Link>,
-    /// The keys; none when the transfer is plain.
-    pub keys: Option<LaneKeys>,
-    /// The CPU to pin the lane's thread to.
-    pub cpu: Option<usize>,
-}
+use body::{BodyMaker, SentHashes};
+use lane::{Batch, Order, SendLane};
 
 /// Whether bodies are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,99 +67,192 @@ pub struct LaneTotals {
     pub bytes: u64,
 }
 
-/// What one lane did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LaneMeter {
-    /// The CPU it is pinned to.
-    pub cpu: Option<usize>,
-    /// Page bytes moved.
-    pub bytes: u64,
-    /// Bytes on the wire.
-    pub wire_bytes: u64,
-    /// Records.
-    pub records: u64,
-    /// Time not spent waiting.
-    pub busy_ns: u64,
-    /// Time since the lane began.
-    pub elapsed_ns: u64,
-}
-
-/// What a sender or receiver did so far.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Meter {
-    /// Lane by lane.
-    pub lanes: Vec<LaneMeter>,
-    /// Bytes of all pages told about, zero pages included.
-    pub page_bytes: u64,
-    /// Pages that were zero.
-    pub zero_pages: u64,
-    /// Pages whose bytes travelled.
-    pub data_pages: u64,
-    /// Bytes on the wire.
-    pub wire_bytes: u64,
-    /// Bytes of device state.
-    pub state_bytes: u64,
-}
-
 /// Sends pages and device state over all lanes.
-pub struct Sender {}
+pub struct Sender {
+    queues: Vec<Queue<Order>>,
+    crew: Crew,
+    ram: Arc<GuestRam>,
+    hashes: Option<Arc<SentHashes>>,
+    rate: Arc<AtomicU64>,
+    ended: bool,
+}
 
-const SKELETON: DataError = DataError::Bug("the sender is not built yet");
+/// The buffers of a sending lane's link.
+pub(crate) const SEND_LINK: LinkPlan =
+    LinkPlan { send_slots: SEND_SLOTS, slot_bytes: SLOT_BYTES, receive_bytes: CREDIT_BYTES };
+
+/// A lane's share of a limit, never zero, which would mean none.
+fn share(limit: Option<u64>, lanes: usize) -> u64 {
+    limit.map_or(0, |limit| (limit / lanes.max(1) as u64).max(1))
+}
 
 impl Sender {
     /// Starts a pinned thread for each lane; every buffer is allocated and registered when this returns.
-    pub fn start(_ram: Arc<GuestRam>, _lanes: Vec<LaneEnd>, _plan: SendPlan) -> Result<Sender, DataError> {
-        Err(SKELETON)
+    pub fn start(ram: Arc<GuestRam>, lanes: Vec<LaneEnd>, plan: SendPlan) -> Result<Sender, DataError> {
+        let hashes = plan.keep_hashes.then(|| Arc::new(SentHashes::new(ram.layout())));
+        let rate = Arc::new(AtomicU64::new(share(plan.rate_limit, lanes.len())));
+        let mut queues = Vec::with_capacity(lanes.len());
+        let crew = Crew::muster(lanes, plan.cipher, SEND_LINK, |_| {
+            let (queue, orders) = bounded(LANE_ORDERS);
+            queues.push(queue);
+            let (ram, rate, hashes) = (Arc::clone(&ram), Arc::clone(&rate), hashes.clone());
+            move |kit| {
+                let body = BodyMaker::new(plan.compression, hashes)?;
+                SendLane::new(kit, ram, body, rate, WINDOW_BYTES).run(&orders)
+            }
+        })?;
+        Ok(Sender { queues, crew, ram, hashes, rate, ended: false })
     }
 
-    /// Sends the pages of a set. `go_on` is asked every few milliseconds; `Ok(false)` when it said no.
-    pub fn send(&mut self, _pages: &PageSet, _go_on: &mut dyn FnMut() -> bool) -> Result<bool, DataError> {
-        Err(SKELETON)
+    /// Sends the pages of a set. `go_on` is asked every few milliseconds; after `Ok(false)`, when it said no, some
+    /// of the pages were sent and the caller must take all of them for unsent.
+    pub fn send(&mut self, pages: &PageSet, go_on: &mut dyn FnMut() -> bool) -> Result<bool, DataError> {
+        self.deal(pages, Order::Pages, go_on)
     }
 
     /// Tells the target that the pages of a set are zero, without reading them.
-    pub fn send_zero(&mut self, _pages: &PageSet) -> Result<(), DataError> {
-        Err(SKELETON)
+    pub fn send_zero(&mut self, pages: &PageSet) -> Result<(), DataError> {
+        self.deal(pages, Order::Zero, &mut || true).map(|_| ())
     }
 
     /// Returns when the receiver has taken in everything that was sent.
     pub fn flush(&mut self) -> Result<(), DataError> {
-        Err(SKELETON)
+        self.flush_while(&mut || true).map(|_| ())
+    }
+
+    /// The same, but `Ok(false)` as soon as `go_on`, asked every few milliseconds, says no.
+    pub fn flush_while(&mut self, go_on: &mut dyn FnMut() -> bool) -> Result<bool, DataError> {
+        self.ask_all(Order::Sync, go_on)
     }
 
     /// Sends bytes of the device state, on lane 0.
-    pub fn send_state(&mut self, _bytes: &[u8]) -> Result<(), DataError> {
-        Err(SKELETON)
+    pub fn send_state(&mut self, bytes: &[u8]) -> Result<(), DataError> {
+        for piece in bytes.chunks(CHUNK_BYTES) {
+            self.order(0, Order::State(piece.into()), &mut || true)?;
+        }
+        Ok(())
     }
 
     /// The device state is complete.
     pub fn end_state(&mut self) -> Result<(), DataError> {
-        Err(SKELETON)
+        self.order(0, Order::StateEnd, &mut || true).map(|_| ())
     }
 
     /// Ends every lane, and gives what each carried. Nothing may be sent afterwards.
     pub fn finish(&mut self) -> Result<Vec<LaneTotals>, DataError> {
-        Err(SKELETON)
+        self.ask_all(Order::End, &mut || true)?;
+        self.ended = true;
+        let numbered = (0_u16..).zip(&self.crew.gauges);
+        Ok(numbered
+            .map(|(lane, g)| LaneTotals { lane, records: g.records.get(), bytes: g.wire_bytes.get() })
+            .collect())
     }
 
-    /// With `keep_hashes`: which of the pages differ from what was last sent of them.
+    /// With `keep_hashes`: which of the pages differ from what was last sent of them. Without: all of them. Call
+    /// it while the guest is paused and after `flush`. Reads the pages: keep holes out.
     pub fn changed_since_sent(&self, pages: &PageSet) -> PageSet {
-        pages.clone()
+        self.hashes.as_ref().map_or_else(|| pages.clone(), |hashes| hashes.changed(&self.ram, pages))
     }
 
     /// What was sent so far.
     pub fn meter(&self) -> Meter {
-        Meter::default()
+        Meter::read(self.crew.gauges.iter().map(AsRef::as_ref))
     }
 
     /// The first failure of any lane.
     pub fn failure(&self) -> Option<DataError> {
-        None
+        self.crew.fate.failure()
     }
 
     /// Changes the rate limit, all lanes together.
-    pub fn set_rate_limit(&self, _bytes_per_s: Option<u64>) {}
+    pub fn set_rate_limit(&self, bytes_per_s: Option<u64>) {
+        self.rate.store(share(bytes_per_s, self.queues.len()), Ordering::Relaxed);
+    }
 
     /// Closes every link and ends every lane at once, also when the peer is stuck.
-    pub fn abort(&mut self) {}
+    pub fn abort(&mut self) {
+        self.queues.clear();
+        self.crew.disband();
+    }
+
+    /// Deals the chunks of a set to their lanes.
+    fn deal(
+        &mut self,
+        pages: &PageSet,
+        order: fn(Batch) -> Order,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<bool, DataError> {
+        let lanes = self.queues.len().max(1);
+        let mut hands = vec![Batch::EMPTY; lanes];
+        for (chunk, word) in pages.iter_chunks() {
+            let lane = usize::try_from(chunk.0 % lanes as u64).unwrap_or(0);
+            if hands[lane].push(chunk, word) {
+                let full = std::mem::replace(&mut hands[lane], Batch::EMPTY);
+                if !self.order(lane, order(full), go_on)? {
+                    return Ok(false);
+                }
+            }
+        }
+        for (lane, hand) in hands.into_iter().enumerate().filter(|(_, hand)| !hand.is_empty()) {
+            if !self.order(lane, order(hand), go_on)? {
+                return Ok(false);
+            }
+        }
+        Ok(go_on())
+    }
+
+    /// Queues one order, as soon as there is room.
+    fn order(
+        &self,
+        lane: usize,
+        mut order: Order,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<bool, DataError> {
+        if self.ended {
+            return Err(DataError::Bug("something was sent after the end"));
+        }
+        let queue = self.queues.get(lane).ok_or_else(|| self.crew.fate.cause())?;
+        loop {
+            if self.crew.fate.is_stopped() {
+                return Err(self.crew.fate.cause());
+            }
+            order = match queue.send_timeout(order, TICK) {
+                Ok(()) => return Ok(true),
+                Err(SendTimeoutError::Disconnected(_)) => return Err(self.crew.fate.cause()),
+                Err(SendTimeoutError::Timeout(order)) => order,
+            };
+            if !go_on() {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Gives every lane an order, and waits until each has answered.
+    fn ask_all(
+        &mut self,
+        ask: fn(Queue<()>) -> Order,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<bool, DataError> {
+        let (done, answers) = bounded(self.queues.len());
+        for lane in 0..self.queues.len() {
+            if !self.order(lane, ask(done.clone()), go_on)? {
+                return Ok(false);
+            }
+        }
+        drop(done);
+        let mut missing = self.queues.len();
+        while missing > 0 {
+            match answers.recv_timeout(TICK) {
+                Ok(()) => missing -= 1,
+                Err(RecvTimeoutError::Disconnected) => return Err(self.crew.fate.cause()),
+                // An order may lie in the queue of a lane that ended: its answer would be waited for forever.
+                Err(RecvTimeoutError::Timeout) if self.crew.fate.is_stopped() => {
+                    return Err(self.crew.fate.cause());
+                }
+                Err(RecvTimeoutError::Timeout) if !go_on() => return Ok(false),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+        if self.queues.is_empty() { Err(self.crew.fate.cause()) } else { Ok(true) }
+    }
 }
