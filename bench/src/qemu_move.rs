@@ -80,7 +80,10 @@ pub(crate) fn run(uri: &str, source: &mut RunningGuest, timeout: Duration) -> Re
 
 fn configure(side: &mut RunningGuest, mode: Mode, creds: &str, downtime_limit: Duration) -> Result<()> {
     let multifd = mode != Mode::Plain;
-    let capability = json!({ "capabilities": [{ "capability": "multifd", "state": multifd }] });
+    let capability = json!({ "capabilities": [
+        { "capability": "multifd", "state": multifd },
+        { "capability": "x-ignore-shared", "state": false },
+    ] });
     side.qmp().execute("migrate-set-capabilities", capability)?;
     let mut parameters = json!({
         "max-bandwidth": BANDWIDTH_BYTES_PER_S,
