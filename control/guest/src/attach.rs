@@ -18,13 +18,15 @@ mod inject;
 mod kernel;
 pub(crate) mod maps;
 mod refusal;
+mod seccomp;
 mod tracee;
 mod writers;
 
 use std::fs::{File, OpenOptions};
+use std::thread::JoinHandle;
 
 use vmferry_datapath::{
-    CombinedLog, DirtyLog, PageIndex, PageSet, PagemapLog, RamLayout, SoftDirtyLog, WatchedArea,
+    CombinedLog, DepartingLog, DirtyLog, PageIndex, PageSet, PagemapLog, RamLayout, SoftDirtyLog, WatchedArea,
 };
 
 pub use kernel::{kernel_support, soft_dirty_support};
@@ -65,9 +67,10 @@ pub struct Tracked {
 }
 
 /// Knows the writers of a guest's memory.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Watch {
     blocks: Vec<BlockPlace>,
+    looking: Option<JoinHandle<Result<Found, GuestError>>>,
     known: Vec<Writer>,
     pinned: PageSet,
     notes: Vec<String>,
@@ -86,9 +89,17 @@ impl Watch {
         &self.notes
     }
 
+    /// Begins to look again while the caller does something else: the next [`Watch::new_writers`] takes what is found.
+    /// Reading all mappings of a busy host takes milliseconds that a blackout does not have.
+    pub fn look_ahead(&mut self) {
+        let blocks = self.blocks.clone();
+        self.looking = Some(std::thread::spawn(move || look_everywhere(&blocks)));
+    }
+
     /// Looks again: the names of writers that appeared since. Their pages are pinned from now on.
     pub fn new_writers(&mut self) -> Result<Vec<String>, GuestError> {
-        let (writers, _) = look_everywhere(&self.blocks)?;
+        let ahead = self.looking.take().and_then(|looking| looking.join().ok());
+        let (writers, _) = ahead.unwrap_or_else(|| look_everywhere(&self.blocks))?;
         let mut names = Vec::new();
         for now in writers {
             let known = self.known.iter_mut().find(|known| known.process == now.process);
@@ -120,6 +131,7 @@ pub fn track(vmm: i32, layout: &RamLayout, blocks: &[BlockPlace]) -> Result<Trac
     }
     let mut watch = Watch {
         blocks: blocks.to_vec(),
+        looking: None,
         known: writers,
         pinned: PageSet::new(layout),
         notes: method.notes(),
@@ -133,7 +145,12 @@ pub fn track(vmm: i32, layout: &RamLayout, blocks: &[BlockPlace]) -> Result<Trac
     let mut logs = Vec::new();
     for writer in &watch.known {
         match method.track(writer) {
-            Ok(log) => logs.push(log),
+            Ok(log) if writer.process == vmm => logs.push(log),
+            Ok(log) => {
+                let mut pages = PageSet::new(layout);
+                add_pages(&writer.areas, &mut pages);
+                logs.push(Box::new(DepartingLog::new(log, pages)));
+            }
             Err(InjectFault::Gone) if writer.process != vmm => {}
             Err(fault) if writer.process == vmm => return Err(refusal::explain(vmm, fault)),
             Err(fault) => {
@@ -152,7 +169,10 @@ pub fn track(vmm: i32, layout: &RamLayout, blocks: &[BlockPlace]) -> Result<Trac
     Ok(Tracked { log, watch })
 }
 
-fn look_everywhere(blocks: &[BlockPlace]) -> Result<(Vec<Writer>, usize), GuestError> {
+/// All writers, and how many processes could not be looked at.
+type Found = (Vec<Writer>, usize);
+
+fn look_everywhere(blocks: &[BlockPlace]) -> Result<Found, GuestError> {
     Writer::look_everywhere(blocks)
         .map_err(GuestError::refused("cannot read /proc; mount it, without hidepid"))
 }

@@ -1,4 +1,5 @@
 //! Attaching to a QEMU and letting go of it leaves the guest as it was, and misses no page in between.
+#![expect(clippy::unwrap_used, reason = "a test ends at the first thing that is not as it must be")]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -36,7 +37,9 @@ fn collect(log: &mut Box<dyn DirtyLog>, ram: &GuestRam) -> PageSet {
 fn traces(pid: u32) -> (usize, usize, BTreeMap<String, String>) {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     let userfaultfds = descriptors
-        .filter(|entry| fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().contains("userfaultfd")))
+        .filter(|entry| {
+            fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().contains("userfaultfd"))
+        })
         .count();
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let protected = smaps.lines().filter(|line| line.starts_with("VmFlags:") && line.contains(" uw")).count();
@@ -145,7 +148,11 @@ fn tracking_process() {
     }
 }
 
-fn run_self(test: &str, key: &str, value: &Path) -> (Child, ChildStdin, impl Iterator<Item = String> + use<>) {
+fn run_self(
+    test: &str,
+    key: &str,
+    value: &Path,
+) -> (Child, ChildStdin, impl Iterator<Item = String> + use<>) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--ignored", "--nocapture"])
         .env(key, value)
@@ -273,7 +280,10 @@ fn a_second_writer_is_tracked_page_by_page() {
     let pages = [60_000, 60_001, 61_234, 63_999, 65_535];
     write_pages(&pages, &mut input, &mut output);
     let found = collect(&mut log, &source.ram());
-    assert!(pages.iter().all(|page| found.contains(PageIndex(*page))), "a write of the second process was missed");
+    assert!(
+        pages.iter().all(|page| found.contains(PageIndex(*page))),
+        "a write of the second process was missed"
+    );
     assert_eq!(found.count().0, pages.len() as u64, "pages that nobody wrote");
     assert!(source.pinned().is_empty() && source.new_writers().unwrap().is_empty());
     writer.kill().unwrap();

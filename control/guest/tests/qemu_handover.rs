@@ -1,4 +1,5 @@
 //! A guest's memory and device state go from one QEMU to another through the traits alone, without lanes.
+#![expect(clippy::unwrap_used, reason = "a test ends at the first thing that is not as it must be")]
 #![expect(
     clippy::disallowed_methods,
     reason = "prints how long the steps of a blackout take; asserts none of it"
@@ -126,6 +127,46 @@ fn a_working_guest_goes_on_on_the_target() {
     require!(vmferry_rig::root());
     let plan = plan("seed=1,pages=16384,set=2048,pattern=random,rate=8MiB,zero=100");
     moves_and_verifies(&QemuGuest::new(&assets, 256 * MIB, plan).unwrap());
+}
+
+/// Minor faults and processor time (user, system; ticks of 10 ms) of a process.
+fn usage(pid: u32) -> (u64, u64, u64) {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let words: Vec<u64> =
+        stat.rsplit_once(") ").unwrap().1.split(' ').map(|word| word.parse().unwrap_or(0)).collect();
+    (words[7], words[11], words[12])
+}
+
+#[test]
+#[ignore = "prints figures"]
+fn figures_of_moves_there_and_on() {
+    let assets = require!(Assets::find());
+    require!(vmferry_rig::root());
+    let plan = plan("seed=1,pages=32768,set=4096,pattern=random,rate=8MiB,zero=100");
+    let recipe = QemuGuest::new(&assets, 1024 * MIB, plan).unwrap();
+    let mut a = recipe.boot("first").unwrap();
+    for number in 0..8 {
+        let b = recipe.await_incoming(&format!("next{number}")).unwrap();
+        let (mut source, mut target) = (open_source(&spec(&a)).unwrap(), open_target(&spec(&b)).unwrap());
+        let since = Instant::now();
+        let blackout = hand_over(source.as_mut(), target.as_mut());
+        let at_run = usage(b.pid());
+        b.beats().wait_since(since, Duration::from_secs(5)).expect("the guest beats on the target");
+        let at_beat = usage(b.pid());
+        let away = guest_gap(a.beats(), b.beats(), since).unwrap();
+        let ms = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64() * 1e3;
+        eprintln!(
+            "MOVE {number}: away {:.1} ms, between {:.1}, after run {:.1}; faults {}, user {} system {}",
+            away.gap().as_secs_f64() * 1e3,
+            ms(blackout.paused_at, blackout.run_at),
+            ms(blackout.run_at, away.first_on_target.at),
+            at_beat.0 - at_run.0,
+            at_beat.1 - at_run.1,
+            at_beat.2 - at_run.2,
+        );
+        std::thread::sleep(Duration::from_millis(500));
+        a = b;
+    }
 }
 
 #[test]

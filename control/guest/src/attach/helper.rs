@@ -70,9 +70,9 @@ fn receive(from: &UnixStream) -> Result<Result<OwnedFd, InjectFault>, InjectFaul
         let message =
             recvmsg::<()>(from.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)
                 .map_err(|_| InjectFault::Stuck)?;
-        let rights = message.cmsgs().into_iter().flatten().find_map(|part| match part {
-            ControlMessageOwned::ScmRights(rights) => rights.first().copied(),
-            _ => None,
+        let rights = message.cmsgs().into_iter().flatten().find_map(|part| {
+            let ControlMessageOwned::ScmRights(rights) = part else { return None };
+            rights.first().copied()
         });
         (message.bytes, rights)
     };

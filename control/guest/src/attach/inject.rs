@@ -103,6 +103,11 @@ pub(crate) fn threads(process: i32) -> Vec<i32> {
 
 /// Makes a userfaultfd with the features that tracking needs.
 fn make(tracee: &mut Tracee) -> Result<u64, InjectFault> {
+    // What could not be closed again must not be made.
+    tracee.must_permit(libc::SYS_close, [0; 3])?;
+    for asked in [API_REQUEST, REGISTER_REQUEST] {
+        tracee.must_permit(libc::SYS_ioctl, [0, u64::from(asked), tracee.scratch()])?;
+    }
     let flags = u64::from((libc::O_CLOEXEC | libc::O_NONBLOCK).cast_unsigned());
     let mut made = tracee.call(libc::SYS_userfaultfd, [flags, 0, 0])?;
     if made == Err(Errno::EPERM) {

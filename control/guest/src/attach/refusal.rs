@@ -77,7 +77,28 @@ fn tracer_of(process: i32) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
+    use nix::sys::ptrace;
+    use nix::unistd::Pid;
+
+    use super::super::helper::inject_apart;
     use super::*;
+
+    #[test]
+    fn a_process_under_a_debugger_is_refused_with_the_debuggers_name() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        ptrace::seize(Pid::from_raw(pid), ptrace::Options::empty()).unwrap();
+        let fault = inject_apart(pid, &[]).unwrap_err();
+        let sentence = explain(pid, fault).to_string();
+        assert!(
+            sentence.contains("already traced by") && sentence.contains("detach that debugger"),
+            "{sentence}"
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 
     #[test]
     fn every_refusal_says_what_to_do() {

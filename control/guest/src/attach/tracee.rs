@@ -27,6 +27,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::maps;
+use super::seccomp::{INSTRUCTIONS_MAX, Instruction, Verdict, call_words, judge};
 use crate::clock::Deadline;
 
 /// A thread stops within this time, unless it sits in an uninterruptible wait (a dead NFS server).
@@ -39,6 +40,8 @@ const EVENT_STOP: i32 = 128;
 const GET_SIGNAL_MASK: libc::c_uint = 0x420a;
 /// `PTRACE_GET_RSEQ_CONFIGURATION` of <linux/ptrace.h>.
 const GET_RSEQ: libc::c_uint = 0x420f;
+/// `PTRACE_SECCOMP_GET_FILTER` of <linux/ptrace.h>.
+const GET_FILTER: libc::c_uint = 0x420c;
 /// The ABI keeps this much below the stack pointer for the function that runs.
 const RED_ZONE_BYTES: u64 = 128;
 /// What a call may put on the stack.
@@ -81,6 +84,7 @@ pub(crate) struct Tracee {
     gate: u64,
     scratch: u64,
     scratch_before: [u8; SCRATCH_BYTES],
+    filters: Vec<Vec<Instruction>>,
     undelivered: Option<Signal>,
 }
 
@@ -98,14 +102,15 @@ impl Tracee {
         // From here on every path out detaches.
         let prepared = prepare(thread, &memory);
         match prepared {
-            Ok((registers, mask, scratch, scratch_before)) => Ok(Tracee {
+            Ok(prepared) => Ok(Tracee {
                 thread,
                 memory,
-                registers,
-                mask,
+                registers: prepared.registers,
+                mask: prepared.mask,
                 gate,
-                scratch,
-                scratch_before,
+                scratch: prepared.scratch,
+                scratch_before: prepared.scratch_before,
+                filters: prepared.filters,
                 undelivered: None,
             }),
             Err(fault) => {
@@ -126,12 +131,25 @@ impl Tracee {
         self.memory.write_all_at(bytes, self.scratch).map_err(TraceFault::Memory)
     }
 
+    /// Asks the thread's own filters, before the call is made.
+    pub(crate) fn must_permit(&self, number: i64, arguments: [u64; 3]) -> Result<(), TraceFault> {
+        let call = call_words(number, self.gate + SYSCALL.len() as u64, arguments);
+        match judge(&self.filters, &call) {
+            Verdict::Harmless => Ok(()),
+            Verdict::Harmful => Err(TraceFault::Unfit(
+                "its seccomp filter would kill it for the calls that tracking needs; start the VMM without the filter \
+                 (QEMU: -sandbox off, libvirt: seccomp_sandbox = 0 in qemu.conf)",
+            )),
+        }
+    }
+
     /// Runs one system call in the thread. The outer error is ptrace's, the inner one the call's.
     pub(crate) fn call(
         &mut self,
         number: i64,
         arguments: [u64; 3],
     ) -> Result<Result<u64, Errno>, TraceFault> {
+        self.must_permit(number, arguments)?;
         let mut registers = self.registers;
         registers.rip = self.gate;
         registers.rax = number.cast_unsigned();
@@ -151,16 +169,17 @@ impl Tracee {
         loop {
             ptrace::step(self.thread, None)?;
             // No deadline: the thread runs with our registers and must come back to us.
-            match waitpid(self.thread, Some(WaitPidFlag::__WALL))? {
-                WaitStatus::Stopped(_, Signal::SIGTRAP) => return Ok(()),
-                WaitStatus::Stopped(_, Signal::SIGSYS) => {
-                    return Err(TraceFault::Unfit(
-                        "its seccomp filter forbids the calls that tracking needs",
-                    ));
+            let status = waitpid(self.thread, Some(WaitPidFlag::__WALL))?;
+            if let WaitStatus::Stopped(_, signal) = status {
+                if signal == Signal::SIGTRAP {
+                    return Ok(());
                 }
-                WaitStatus::Stopped(_, signal) => self.undelivered = Some(signal),
-                WaitStatus::PtraceEvent(..) => {}
-                _ => return Err(TraceFault::Refused(Errno::ESRCH)),
+                if signal == Signal::SIGSYS {
+                    return Err(TraceFault::Unfit("its seccomp filter trapped a call"));
+                }
+                self.undelivered = Some(signal);
+            } else if !matches!(status, WaitStatus::PtraceEvent(..)) {
+                return Err(TraceFault::Refused(Errno::ESRCH));
             }
         }
     }
@@ -197,12 +216,21 @@ fn wait_stop(thread: Pid) -> Result<(), TraceFault> {
             WaitStatus::PtraceEvent(..) => ptrace::cont(thread, None)?,
             WaitStatus::StillAlive if deadline.left().is_none() => return Err(TraceFault::Stuck),
             WaitStatus::StillAlive => thread::sleep(STOP_POLL),
-            _ => return Err(TraceFault::Refused(Errno::ESRCH)),
+            WaitStatus::Exited(..)
+            | WaitStatus::Signaled(..)
+            | WaitStatus::PtraceSyscall(_)
+            | WaitStatus::Continued(_) => return Err(TraceFault::Refused(Errno::ESRCH)),
         }
     }
 }
 
-type Prepared = (libc::user_regs_struct, u64, u64, [u8; SCRATCH_BYTES]);
+struct Prepared {
+    registers: libc::user_regs_struct,
+    mask: u64,
+    scratch: u64,
+    scratch_before: [u8; SCRATCH_BYTES],
+    filters: Vec<Vec<Instruction>>,
+}
 
 fn prepare(thread: Pid, memory: &File) -> Result<Prepared, TraceFault> {
     let registers = ptrace::getregs(thread)?;
@@ -215,9 +243,10 @@ fn prepare(thread: Pid, memory: &File) -> Result<Prepared, TraceFault> {
     let scratch = (registers.rsp - RED_ZONE_BYTES - SCRATCH_BYTES as u64) & !15;
     let mut before = [0; SCRATCH_BYTES];
     memory.read_exact_at(&mut before, scratch).map_err(TraceFault::Memory)?;
+    let filters = filters(thread)?;
     let mask = signal_mask(thread)?;
     set_signal_mask(thread, u64::MAX)?;
-    Ok((registers, mask, scratch, before))
+    Ok(Prepared { registers, mask, scratch, scratch_before: before, filters })
 }
 
 /// The thread registered a restartable sequence and stands inside of it (`struct rseq_cs` of <linux/rseq.h>).
@@ -259,6 +288,48 @@ fn rseq_area(thread: Pid) -> Option<u64> {
     (got > 0).then_some(answer[0])
 }
 
+/// The thread's system call filters.
+fn filters(thread: Pid) -> Result<Vec<Vec<Instruction>>, TraceFault> {
+    let mut filters = Vec::new();
+    loop {
+        let mut program = vec![[0_u8; 8]; INSTRUCTIONS_MAX];
+        // SAFETY: the kernel writes at most INSTRUCTIONS_MAX instructions of eight bytes, which `program` has.
+        let outcome = unsafe {
+            libc::ptrace(GET_FILTER, thread.as_raw(), filters.len(), program.as_mut_ptr().cast::<c_void>())
+        };
+        match Errno::result(outcome) {
+            Ok(count) => {
+                program.truncate(usize::try_from(count).unwrap_or(0));
+                filters.push(program.into_iter().map(instruction).collect());
+            }
+            // No filter, or no further one.
+            Err(Errno::EINVAL | Errno::ENOENT) => return Ok(filters),
+            Err(_) if !is_filtered(thread) => return Ok(filters),
+            Err(_) => {
+                return Err(TraceFault::Unfit(
+                    "it has a seccomp filter that only root may read, and a call against the filter could kill it; \
+                     run vmferry as root",
+                ));
+            }
+        }
+    }
+}
+
+fn instruction(bytes: [u8; 8]) -> Instruction {
+    let [a, b, if_true, if_false, c, d, e, f] = bytes;
+    Instruction {
+        code: u16::from_le_bytes([a, b]),
+        if_true,
+        if_false,
+        value: u32::from_le_bytes([c, d, e, f]),
+    }
+}
+
+fn is_filtered(thread: Pid) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).unwrap_or_default();
+    status.lines().find_map(|line| line.strip_prefix("Seccomp:")).is_none_or(|mode| mode.trim() != "0")
+}
+
 fn signal_mask(thread: Pid) -> Result<u64, TraceFault> {
     let mut mask = 0_u64;
     // SAFETY: the kernel writes exactly MASK_BYTES bytes to `mask`.
@@ -276,4 +347,87 @@ fn set_signal_mask(thread: Pid, mask: u64) -> Result<(), TraceFault> {
     };
     Errno::result(outcome)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command, Stdio};
+
+    use super::super::seccomp::tests::denying;
+    use super::*;
+
+    /// A process that sleeps under a filter which answers `action` to userfaultfd.
+    fn filtered(action: u32) -> Child {
+        let program = denying(libc::SYS_userfaultfd, action);
+        let filters: Vec<libc::sock_filter> = program
+            .iter()
+            .map(|line| libc::sock_filter {
+                code: line.code,
+                jt: line.if_true,
+                jf: line.if_false,
+                k: line.value,
+            })
+            .collect();
+        let mut command = Command::new("sleep");
+        command.arg("60").stdout(Stdio::null());
+        // SAFETY: between fork and exec only two prctl calls are made, on memory that was there before.
+        unsafe { command.pre_exec(move || install(&filters)) };
+        command.spawn().unwrap()
+    }
+
+    fn install(filters: &[libc::sock_filter]) -> io::Result<()> {
+        let program = libc::sock_fprog {
+            len: u16::try_from(filters.len()).unwrap(),
+            filter: filters.as_ptr().cast_mut(),
+        };
+        // SAFETY: plain numbers.
+        let allowed = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        Errno::result(allowed)?;
+        // SAFETY: `program` names a live list of instructions.
+        let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+        Errno::result(set)?;
+        Ok(())
+    }
+
+    fn userfaultfd_in(child: &Child) -> Result<Result<u64, Errno>, TraceFault> {
+        let pid = i32::try_from(child.id()).unwrap();
+        // The thread may still be on its way into sleep.
+        thread::sleep(Duration::from_millis(50));
+        let mut tracee = Tracee::seize(pid, pid)?;
+        tracee.call(libc::SYS_userfaultfd, [0, 0, 0])
+    }
+
+    #[test]
+    fn a_filter_that_kills_is_asked_first_and_the_process_lives() {
+        for action in [0x8000_0000, 0, 0x0003_0000] {
+            let mut child = filtered(action);
+            let outcome = userfaultfd_in(&child);
+            assert!(matches!(outcome, Err(TraceFault::Unfit(why)) if why.contains("seccomp")), "{outcome:?}");
+            assert!(child.try_wait().unwrap().is_none(), "the process died");
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_filter_that_answers_an_error_is_only_an_error() {
+        let mut child = filtered(0x0005_0000 | 1);
+        assert_eq!(userfaultfd_in(&child).unwrap(), Err(Errno::EPERM));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn an_injected_call_answers_and_the_interrupted_one_goes_on() {
+        let mut child = Command::new("sleep").arg("0.6").spawn().unwrap();
+        thread::sleep(Duration::from_millis(50));
+        let pid = i32::try_from(child.id()).unwrap();
+        for _ in 0..20 {
+            let mut tracee = Tracee::seize(pid, pid).unwrap();
+            assert_eq!(tracee.call(libc::SYS_getpid, [0; 3]).unwrap(), Ok(u64::from(child.id())));
+            assert_eq!(tracee.call(libc::SYS_close, [9999, 0, 0]).unwrap(), Err(Errno::EBADF));
+        }
+        assert!(child.wait().unwrap().success(), "the sleep was broken off");
+    }
 }

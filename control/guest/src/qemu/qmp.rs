@@ -5,7 +5,7 @@
 //! an id, and an answer with a foreign id ends the connection.
 
 use std::collections::VecDeque;
-use std::io::{IoSlice, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -70,9 +70,8 @@ impl Qmp {
         let name = path.display().to_string();
         let stream = dial(path).map_err(|error| connect_refused(&name, error))?;
         let mut qmp = Qmp { stream, name, unread: Vec::new(), events: VecDeque::new(), last_id: 0 };
-        let greeting = qmp.read_message(Deadline::after(GREETING_TIMEOUT)).map_err(|error| match error {
-            GuestError::GuestMisbehaved(_) => busy(&qmp.name),
-            other => other,
+        let greeting = qmp.read_message(Deadline::after(GREETING_TIMEOUT)).map_err(|error| {
+            if matches!(error, GuestError::GuestMisbehaved(_)) { busy(&qmp.name) } else { error }
         })?;
         if greeting.get("QMP").is_none() {
             return Err(GuestError::mistake(format!(
@@ -168,17 +167,23 @@ impl Qmp {
     ) -> Result<T, GuestError> {
         let deadline = Deadline::after(timeout);
         loop {
-            while let Some(event) = self.events.pop_front() {
-                if event["event"] != name {
-                    continue;
-                }
-                if let Some(answer) = wanted(&event["data"]) {
-                    return Ok(answer);
-                }
+            if let Some(answer) = self.find_event(name, &mut wanted) {
+                return Ok(answer);
             }
             let message = self.read_message(deadline)?;
             self.keep_event(message);
         }
+    }
+
+    /// Looks through the kept events; those up to the one that is wanted are forgotten.
+    fn find_event<T>(&mut self, name: &str, wanted: &mut impl FnMut(&Value) -> Option<T>) -> Option<T> {
+        while let Some(event) = self.events.pop_front() {
+            let found = if event["event"] == name { wanted(&event["data"]) } else { None };
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
     }
 
     fn keep_event(&mut self, event: Value) {
@@ -193,12 +198,7 @@ impl Qmp {
         loop {
             if let Some(end) = self.unread[searched..].iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.unread.drain(..=searched + end).collect();
-                return serde_json::from_slice(&line).map_err(|error| {
-                    GuestError::misbehaved(format!(
-                        "QEMU at {} sent no JSON: {error}; check the socket",
-                        self.name
-                    ))
-                });
+                return serde_json::from_slice(&line).map_err(|error| self.no_json(&error));
             }
             searched = self.unread.len();
             if searched > LINE_BYTES_MAX {
@@ -227,14 +227,16 @@ impl Qmp {
                 self.unread.extend_from_slice(&bytes[..count]);
                 Ok(())
             }
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Ok(()),
-            Err(error)
-                if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) =>
-            {
+            Err(error) if error.kind() == ErrorKind::Interrupted => Ok(()),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 Err(silent())
             }
             Err(error) => Err(self.lost("read", &error)),
         }
+    }
+
+    fn no_json(&self, error: &serde_json::Error) -> GuestError {
+        GuestError::misbehaved(format!("QEMU at {} sent no JSON: {error}; check the socket", self.name))
     }
 
     fn lost(&self, what: &str, error: &std::io::Error) -> GuestError {
@@ -263,18 +265,23 @@ fn busy(name: &str) -> GuestError {
 }
 
 fn connect_refused(name: &str, error: std::io::Error) -> GuestError {
-    match error.kind() {
-        std::io::ErrorKind::NotFound => GuestError::mistake(format!(
+    let kind = error.kind();
+    if kind == ErrorKind::NotFound {
+        return GuestError::mistake(format!(
             "there is no socket {name}; start QEMU with `-qmp unix:{name},server=on,wait=off`, or name its QMP socket"
-        )),
-        std::io::ErrorKind::ConnectionRefused => GuestError::mistake(format!(
+        ));
+    }
+    if kind == ErrorKind::ConnectionRefused {
+        return GuestError::mistake(format!(
             "nobody listens on {name}: its QEMU has ended; start the guest, or name the QMP socket of one that runs"
-        )),
-        std::io::ErrorKind::WouldBlock => busy(name),
-        _ => GuestError::HostRefused {
-            what: format!("cannot connect to {name}; run vmferry as root or as the user of the VMM"),
-            source: error,
-        },
+        ));
+    }
+    if kind == ErrorKind::WouldBlock {
+        return busy(name);
+    }
+    GuestError::HostRefused {
+        what: format!("cannot connect to {name}; run vmferry as root or as the user of the VMM"),
+        source: error,
     }
 }
 

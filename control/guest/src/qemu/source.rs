@@ -135,7 +135,12 @@ impl SourceGuest for QemuSource {
         self.qmp.answer(stop)?;
         let status = self.qmp.answer(look)?;
         match status["status"].as_str() {
-            Some("paused") => Ok(()),
+            Some("paused") => {
+                if let Some(watch) = &mut self.watch {
+                    watch.look_ahead();
+                }
+                Ok(())
+            }
             other => Err(GuestError::misbehaved(format!(
                 "the guest is `{}` instead of paused: it ended or crashed by itself, so there is nothing to move",
                 other.unwrap_or("unknown")

@@ -4,7 +4,8 @@
 //! comes. It is also told to `stop`, which in a QEMU that waits means: do not start by yourself, whatever the stream
 //! says. What must never happen: a target that runs before `run`.
 
-use std::io::{Read, Write};
+use std::io::Read;
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -101,7 +102,8 @@ impl TargetGuest for QemuTarget {
             Err(RelayFault::Read(error)) => return Err(GuestError::Relay(error)),
             Err(RelayFault::Write(_)) => return Err(migration::why_failed(&mut self.qmp, WHAT)),
         };
-        state.flush().map_err(GuestError::Relay)?;
+        // A state that was cut short must not keep QEMU waiting for the rest.
+        let _ = state.shutdown(Shutdown::Write);
         migration::wait_completed(&mut self.qmp, WHAT)?;
         let status = self.qmp.execute("query-status", Value::Null)?;
         if status["status"] != "paused" {
