@@ -12,6 +12,7 @@ use crate::page::PageIndex;
 use crate::page_set::PageSet;
 
 pub mod combined;
+pub mod departing;
 pub mod pagemap;
 pub mod soft_dirty;
 

@@ -23,6 +23,7 @@ pub mod link;
 pub mod meter;
 pub mod page;
 pub mod page_set;
+pub mod probe;
 pub mod receive;
 pub mod seal;
 pub mod send;
@@ -31,6 +32,7 @@ mod testing;
 
 pub use digest::{BlockDigest, RamDigest};
 pub use dirty::combined::CombinedLog;
+pub use dirty::departing::DepartingLog;
 pub use dirty::pagemap::PagemapLog;
 pub use dirty::soft_dirty::SoftDirtyLog;
 pub use dirty::{DirtyLog, TrackError, WatchedArea};

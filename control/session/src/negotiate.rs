@@ -166,15 +166,31 @@ fn compare_guests(source: &GuestFacts, target: &GuestFacts) -> Result<(), AbortR
             source.kind, target.kind
         )));
     }
-    for (key, ours) in source.facts.iter().filter(|(key, _)| !key.starts_with(NOTE_PREFIX)) {
-        let Some(theirs) = target.facts.get(key) else { continue };
-        if ours != theirs {
-            return Err(refuse(&format!(
-                "`{key}` is `{ours}` at the source and `{theirs}` at the target; start the target guest with `{ours}`"
-            )));
-        }
+    let compared = source.facts.iter().filter(|(key, _)| !key.starts_with(NOTE_PREFIX));
+    let pairs = compared.filter_map(|(key, ours)| target.facts.get(key).map(|theirs| (key, ours, theirs)));
+    // The shortest first: where the number of CPUs differs, so do a hundred of their features, and they are no help.
+    let differing = pairs.filter(|(_, ours, theirs)| ours != theirs).min_by_key(|(_, ours, _)| ours.len());
+    if let Some((key, ours, theirs)) = differing {
+        let (ours, theirs) = words_that_differ(ours, theirs);
+        return Err(refuse(&format!(
+            "`{key}` is `{ours}` at the source and `{theirs}` at the target; start the target guest with `{ours}`"
+        )));
     }
     compare_layouts(&source.layout, &target.layout)
+}
+
+/// Of two long lists of words, those that are not in both; anything else as it is.
+fn words_that_differ(ours: &str, theirs: &str) -> (String, String) {
+    /// Past it, a sentence that holds both lists cannot be read.
+    const READABLE_BYTES: usize = 80;
+    if ours.len().max(theirs.len()) <= READABLE_BYTES {
+        return (ours.to_owned(), theirs.to_owned());
+    }
+    let only = |this: &str, that: &str| {
+        let other: Vec<&str> = that.split(' ').collect();
+        this.split(' ').filter(|word| !other.contains(word)).collect::<Vec<_>>().join(" ")
+    };
+    (only(ours, theirs), only(theirs, ours))
 }
 
 fn compare_layouts(source: &RamLayout, target: &RamLayout) -> Result<(), AbortReason> {
