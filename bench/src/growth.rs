@@ -6,7 +6,9 @@ use anyhow::{Context, Result, bail};
 use bytesize::ByteSize;
 use clap::Args;
 use serde::Serialize;
-use vmferry_rig::Assets;
+use vmferry_datapath::PageSet;
+use vmferry_guest::GuestSpec;
+use vmferry_rig::{Assets, RunningGuest};
 use vmferry_workload::{PAGE_BYTES, Plan};
 
 use crate::ferry::{Ferry, FerryPlan};
@@ -15,6 +17,9 @@ use crate::measure::{Spread, cell, ms, now};
 use crate::output::Output;
 
 const MOVE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Scans of each size, and the time between them.
+const SCANS: usize = 30;
+const SCAN_PAUSE: Duration = Duration::from_millis(20);
 const BYTES_A_MIB: f64 = 1_048_576.0;
 
 /// `vmferry-bench growth`
@@ -34,7 +39,22 @@ struct Size {
     total_ms: Vec<f64>,
     gap_ms: Vec<f64>,
     scan_ms: Vec<f64>,
+    first_scan_ms: Vec<f64>,
     sender_mib: Vec<f64>,
+}
+
+impl Size {
+    fn new(ram_bytes: u64) -> Self {
+        let none = Vec::new;
+        Self {
+            ram_bytes,
+            total_ms: none(),
+            gap_ms: none(),
+            scan_ms: none(),
+            first_scan_ms: none(),
+            sender_mib: none(),
+        }
+    }
 }
 
 pub(crate) fn run(args: &GrowthArgs, quick: bool, output: &mut Output) -> Result<()> {
@@ -69,16 +89,11 @@ fn size(assets: &Assets, ferry: &Ferry, plan: &FerryPlan, ram_bytes: u64, moves:
     let work: Plan = format!("pages={pages},set=4096,rate=5MiB,zero=0,seed=31").parse()?;
     let keys = plan.keys.as_deref().context("growth is measured sealed")?;
     let mut traveller = Traveller::boot(assets, ram_bytes, work, keys)?;
-    let mut size = Size {
-        ram_bytes,
-        total_ms: Vec::new(),
-        gap_ms: Vec::new(),
-        scan_ms: Vec::new(),
-        sender_mib: Vec::new(),
-    };
+    let mut size = Size::new(ram_bytes);
+    size.scan_ms = scans(traveller.here())?;
     for _ in 0..moves {
         let (source, target) = traveller.ends()?;
-        let spec = |guest: &vmferry_rig::RunningGuest| format!("qemu:{}", guest.qmp_path().display());
+        let spec = |guest: &RunningGuest| format!("qemu:{}", guest.qmp_path().display());
         let (from, to) = (spec(source), spec(target));
         let receiving = ferry.receive(&to, plan)?;
         let start = now();
@@ -89,12 +104,31 @@ fn size(assets: &Assets, ferry: &Ferry, plan: &FerryPlan, ram_bytes: u64, moves:
         let seen = traveller.arrived(start)?;
         size.total_ms.push(ms(seen.total));
         size.gap_ms.push(ms(seen.gap));
-        size.scan_ms.extend(report.send["scan_ms_max"].as_f64());
+        size.first_scan_ms.extend(report.send["scan_ms_max"].as_f64());
         size.sender_mib
             .extend(report.send["own_memory_peak_bytes"].as_f64().map(|bytes| bytes / BYTES_A_MIB));
     }
     traveller.prove()?;
     Ok(size)
+}
+
+/// Dirty scans of the running guest, as a round of a move makes them; the first, which finds everything, left out.
+fn scans(guest: &RunningGuest) -> Result<Vec<f64>> {
+    let mut source = vmferry_guest::open_source(&GuestSpec::Qemu { qmp: guest.qmp_path().to_path_buf() })?;
+    let mut log = source.attach()?;
+    let mut scans = Vec::with_capacity(SCANS);
+    let mut dirty = PageSet::new(&source.description().layout);
+    log.collect(&mut dirty)?;
+    for _ in 0..SCANS {
+        std::thread::sleep(SCAN_PAUSE);
+        dirty.clear();
+        let start = now();
+        log.collect(&mut dirty)?;
+        scans.push(ms(start.elapsed()));
+    }
+    drop(log);
+    source.detach();
+    Ok(scans)
 }
 
 fn print(output: &Output, sizes: &[Size]) {
@@ -107,10 +141,19 @@ fn print(output: &Output, sizes: &[Size]) {
             each(&size.total_ms),
             cell(Spread::of(size.gap_ms.iter().copied())),
             each(&size.scan_ms),
+            each(&size.first_scan_ms),
             cell(Spread::of(size.sender_mib.iter().copied())),
         ]
     });
-    let head = ["guest", "total ms", "total ms/GiB", "gap ms", "worst scan ms/GiB", "sender's own MiB"];
+    let head = [
+        "guest",
+        "total ms",
+        "total ms/GiB",
+        "gap ms",
+        "scan ms/GiB",
+        "worst scan of a move ms/GiB",
+        "sender's own MiB",
+    ];
     output.table("min / median / max; three quarters filled, 5 MiB/s dirty, sealed", &head, lines.collect());
 }
 
