@@ -57,7 +57,7 @@ fn whatever_goes_wrong_one_guest_runs_or_the_doubt_is_named() {
     let counts = tally(seeds().map(|seed| play(Story::wild(seed))));
     println!("{counts:?}");
     // A world in which one of the ends never happens proves nothing about it.
-    assert!(counts.len() == 3 && counts.values().all(|&count| count > 20), "{counts:?}");
+    assert!(counts.len() == 3 && counts.values().all(|&count| count > 5), "{counts:?}");
 }
 
 /// A trouble at every single event of a move that would have worked.
