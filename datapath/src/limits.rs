@@ -36,7 +36,7 @@ pub const LANE_ORDERS: usize = 4;
 pub const STATE_PIPE_BYTES: usize = 1 << 20;
 
 /// How long a peer may take in nothing while something is owed before the link is given up.
-pub const STALL_MAX: Duration = Duration::from_secs(30);
+pub const STALL_MAX: Duration = Duration::from_secs(10);
 /// How often an idle lane looks at its link, and a waiting caller is asked whether to go on.
 pub const TICK: Duration = Duration::from_millis(5);
 /// How long an idle lane sleeps.

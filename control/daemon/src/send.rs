@@ -15,11 +15,11 @@ mod narrator;
 
 use std::time::{Duration, Instant};
 
-use vmferry_datapath::{Cipher, Compression, SendPlan, Sender, fastest_provider};
+use vmferry_datapath::{ByteLen, Cipher, Compression, SendPlan, Sender, fastest_provider};
 use vmferry_guest::{Description, open_source};
 use vmferry_session::{
     Agreement, AttemptId, CipherSuite, CompressionMode, ConvergePlan, FinalTotals, GuestFacts, LaneTally, LastReport, Limits,
-    Message, Offer, OnNoConverge, PausedToken, Predictor, Priors, RoundReport, RunningToken, SealedToken, SessionError,
+    Message, Offer, OnNoConverge, PausedToken, Predictor, Priors, RoundReport, RunningToken, SaveOrder, SealedToken, SessionError,
     SourceAction, SourceEvent, SourceOutcome, SourcePlan, SourceSession, VERSION, Work,
 };
 
@@ -63,6 +63,8 @@ pub enum Input {
     Round(RoundReport),
     /// The answer to `SendLast`.
     Last(LastReport),
+    /// The answer to `SaveState`, and how long it took.
+    Saved(Duration),
 }
 
 impl Machine for SourceSession {
@@ -74,6 +76,7 @@ impl Machine for SourceSession {
             Input::Event(event) => SourceSession::handle(self, event, now),
             Input::Round(report) => self.round_done(&report, now),
             Input::Last(report) => self.last_sent(&report, now),
+            Input::Saved(took) => self.state_saved(took, now),
         }
     }
 
@@ -307,11 +310,13 @@ impl<'a> Move<'a> {
             Ok(report) => self.pilot.feed(Input::Last(report)),
             Err(stopped) => self.feed(SourceEvent::WorkFailed(Work::SendLast, session_error(stopped))),
         }
-        let saved = saved.map(|len| {
-            self.state_bytes = len.0;
-            SourceEvent::StateSaved
-        });
-        self.answer(saved, Work::SaveState);
+        match saved {
+            Ok((len, took)) => {
+                self.state_bytes = len.0;
+                self.pilot.feed(Input::Saved(took));
+            }
+            Err(stopped) => self.feed(SourceEvent::WorkFailed(Work::SaveState, session_error(stopped))),
+        }
     }
 
     fn finish_lanes(&mut self) -> Result<FinalTotals, Stopped> {
@@ -475,11 +480,14 @@ fn plan(args: &SendArgs, offer: Offer, hands: &SourceHands, history: &HistoryFil
         NoConverge::Force => OnNoConverge::Force,
     };
     let priors = if offer.guest.kind == "process" { Priors::PROCESS } else { Priors::QEMU };
+    let priors = Priors { save_order: SaveOrder::BesidePages, ..priors };
+    let predictor = Predictor::new(priors, history.past());
+    let predictor = if args.verify { predictor.with_verify(ByteLen(ram_bytes)) } else { predictor };
     SourcePlan {
         offer,
         limits: Limits::for_move(Some(args.timeout), ram_bytes, args.verify),
         converge: ConvergePlan { downtime_limit: args.downtime_limit, on_no_converge },
-        predictor: Predictor::new(priors, history.past()),
+        predictor,
     }
 }
 

@@ -245,7 +245,7 @@ fn find_home(mounts: &str, groups: &str) -> Option<Home> {
     controllers.split_whitespace().any(|name| name == "cpu").then_some(Home { folder, version: Version::Two })
 }
 
-/// `36 35 0:30 /root/in/hierarchy /mount/point rw - cgroup2 cgroup2 rw,options`
+/// `36 35 0:30 /in/hierarchy /mount/point rw - cgroup2 cgroup2 rw,options`
 fn folder(mounts: &str, path: &str, wanted: impl Fn(&str, &str) -> bool) -> Option<PathBuf> {
     mounts.lines().find_map(|line| {
         let (place, kind) = line.split_once(" - ")?;

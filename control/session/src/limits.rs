@@ -42,7 +42,7 @@ impl Limits {
         whole: None,
         answer: Duration::from_secs(30),
         prepare: Duration::from_secs(60),
-        ready: Duration::from_secs(30),
+        ready: Duration::from_secs(10),
         in_doubt: Duration::from_secs(30),
         ask_every: Duration::from_millis(500),
         commit_wait: Duration::from_secs(10),

@@ -62,6 +62,8 @@ pub enum Term {
     Handover,
     /// The target's VMM lets the guest run.
     Run,
+    /// With `--verify`: the digest of all memory, on the source and then on the target.
+    Verify,
 }
 
 /// A predicted blackout.
@@ -178,7 +180,7 @@ impl Priors {
             Term::Load => Some(self.load_ms),
             Term::Handover => Some(self.handover_ms),
             Term::Run => Some(self.run_ms),
-            Term::Pages => None,
+            Term::Pages | Term::Verify => None,
         }
     }
 }

@@ -175,7 +175,7 @@ impl SourceHands {
         &mut self,
         now: Duration,
         go_on: &mut dyn FnMut() -> bool,
-    ) -> (Result<LastReport, Stopped>, Result<ByteLen, Stopped>) {
+    ) -> (Result<LastReport, Stopped>, Result<(ByteLen, Duration), Stopped>) {
         let (last, mut report) = match self.last_pages(now) {
             Ok(last) => last,
             Err(stopped) => return (Err(stopped), Err(Stopped::Interrupted)),
@@ -187,8 +187,10 @@ impl SourceHands {
         let (post, blocks) = bounded(STATE_BLOCKS_MAX);
         let (sent, saved) = std::thread::scope(|scope| {
             let saver = scope.spawn(move || {
+                let began = clock();
                 let mut writer = StateBlocks { post, block: Vec::with_capacity(STATE_BLOCK_BYTES) };
-                guest.save_state(&mut writer).and_then(|len| writer.flush().map(|()| len).map_err(GuestError::Relay))
+                let saved = guest.save_state(&mut writer);
+                saved.and_then(|len| writer.flush().map(|()| (len, began.elapsed())).map_err(GuestError::Relay))
             });
             let sent = sender.send(&last, go_on).map_err(Stopped::from).and_then(|whole| {
                 if whole { Ok(began.elapsed()) } else { Err(Stopped::Interrupted) }

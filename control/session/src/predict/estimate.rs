@@ -37,15 +37,22 @@ impl Estimate {
         Self { mean: low.midpoint(high), mean_weight, freedom: PRIOR_FREEDOM, squares, memory }
     }
 
-    /// One more was measured.
+    /// One more was measured, in this move.
     pub(super) fn observe(&mut self, value: f64) {
+        self.learn(value, f64::INFINITY);
+    }
+
+    /// One more was measured, in a move before this one. One hiccup of a host (a value a hundred times too long, once)
+    /// must not spoil the next hundred forecasts; a host that really became slower moves the mean in a few moves.
+    pub(super) fn recall(&mut self, value: f64) {
+        self.learn(value, (OUTLIER_SCALES * self.scale()).max(OUTLIER_FACTOR_MIN.ln()));
+    }
+
+    fn learn(&mut self, value: f64, bound: f64) {
         if !value.is_finite() || value <= 0.0 {
             return;
         }
         self.fade();
-        // One hiccup of a host (a value a hundred times too long, once) must not spoil the next hundred forecasts; a
-        // host that really became slower moves the mean in a few moves all the same.
-        let bound = (OUTLIER_SCALES * self.scale()).max(OUTLIER_FACTOR_MIN.ln());
         let error = (ln(value) - self.mean).clamp(-bound, bound);
         let weight = self.mean_weight + 1.0;
         self.squares += error * error * self.mean_weight / weight;
@@ -118,11 +125,11 @@ mod tests {
     #[test]
     fn one_hiccup_hardly_counts_and_a_slower_host_is_learned() {
         let mut estimate = Estimate::from_interval((2.0, 15.0), 0.97);
-        (0..20).for_each(|_| estimate.observe(5.0));
+        (0..20).for_each(|_| estimate.recall(5.0));
         let before = estimate.at(Z95);
-        estimate.observe(5_000.0);
+        estimate.recall(5_000.0);
         assert!(estimate.at(Z95) < 3.0 * before, "{} after {before}", estimate.at(Z95));
-        (0..12).for_each(|_| estimate.observe(50.0));
+        (0..12).for_each(|_| estimate.recall(50.0));
         assert!(estimate.at(Z95) > 50.0, "{}", estimate.at(Z95));
     }
 

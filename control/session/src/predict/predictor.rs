@@ -6,6 +6,8 @@ use super::calibrate::Calibration;
 use super::estimate::Estimate;
 use super::residue::Residue;
 use super::sample::{Deviates, SAMPLES, interval};
+use vmferry_datapath::ByteLen;
+
 use super::{Forecast, History, Priors, SaveOrder, Term};
 use crate::converge::RoundReport;
 
@@ -15,6 +17,8 @@ const RATE_PAGES_MIN: f64 = 1024.0;
 const PAGE_MS: (f64, f64) = (0.0008, 0.02);
 /// Milliseconds to get even one page across: a wake-up a lane, and a flush.
 const FLUSH_MS: (f64, f64) = (0.1, 1.5);
+/// Guest bytes that both digests of `--verify` take in a millisecond, one after the other: a busy host and an idle one.
+const DIGEST_BYTES_PER_MS: (f64, f64) = (1e6, 8e6);
 /// The last pages' measured time over the predicted one.
 const PAGES_ERROR: (f64, f64) = (0.75, 1.4);
 /// What a term's observation is worth after the next one: hosts change over hundreds of moves, not over ten.
@@ -52,7 +56,7 @@ impl Predictor {
         for term in LEARNED {
             let Some(prior) = priors.of(term) else { continue };
             let mut estimate = Estimate::from_interval(prior, TERM_MEMORY);
-            history.records().filter_map(|r| r.measured_ms.get(&term)).for_each(|ms| estimate.observe(*ms));
+            history.records().filter_map(|r| r.measured_ms.get(&term)).for_each(|ms| estimate.recall(*ms));
             terms.insert(term, estimate);
         }
         let mut pages_error = Estimate::from_interval(PAGES_ERROR, TERM_MEMORY);
@@ -60,7 +64,7 @@ impl Predictor {
             let predicted = record.forecast.terms.get(&Term::Pages).map_or(0.0, |pages| pages.p50_ms);
             let measured = record.measured_ms.get(&Term::Pages).copied().unwrap_or(0.0);
             if predicted > 0.0 {
-                pages_error.observe(measured / predicted);
+                pages_error.recall(measured / predicted);
             }
         }
         Self {
@@ -73,6 +77,15 @@ impl Predictor {
             pinned: 0.0,
             calibration: Calibration::learn(history.records.iter()),
         }
+    }
+
+    /// With `--verify`, both hosts hash all memory in the blackout.
+    #[must_use]
+    pub fn with_verify(mut self, ram: ByteLen) -> Self {
+        let ms = |bytes_per_ms: f64| (count(ram.0) / bytes_per_ms).max(0.01);
+        let prior = (ms(DIGEST_BYTES_PER_MS.1), ms(DIGEST_BYTES_PER_MS.0));
+        self.terms.insert(Term::Verify, Estimate::from_interval(prior, TERM_MEMORY));
+        self
     }
 
     /// A round ended.
@@ -117,7 +130,11 @@ impl Predictor {
             total: self.calibration.apply(raw),
             raw,
             floor: self.calibration.apply(floor),
-            terms: LEARNED.into_iter().chain([Term::Pages]).map(|term| (term, of_term(term))).collect(),
+            terms: LEARNED
+                .into_iter()
+                .chain([Term::Pages, Term::Verify])
+                .map(|term| (term, of_term(term)))
+                .collect(),
             pages,
         }
     }
@@ -140,7 +157,8 @@ impl Predictor {
             SaveOrder::BesidePages => moving.max(of(Term::Save)),
             SaveOrder::AfterPages => moving + of(Term::Save),
         };
-        of(Term::Stop) + paused + of(Term::Close) + of(Term::Load) + of(Term::Handover) + of(Term::Run)
+        let handover = of(Term::Close) + of(Term::Verify) + of(Term::Load) + of(Term::Handover);
+        of(Term::Stop) + paused + handover + of(Term::Run)
     }
 }
 
