@@ -376,13 +376,21 @@ pub(crate) fn runs(mut word: u64) -> impl Iterator<Item = (u64, u64)> {
     })
 }
 
-/// Whether all 4096 bytes at `page` are zero; stops at the first 256 bytes that are not.
+/// Whether all 4096 bytes at `page` are zero. Most data pages show it in their last cache line, and that one is
+/// looked at first: a look at the first line would meet the cipher's own stream of reads, and was measured to slow
+/// the two together by a tenth.
 fn is_zero_page(page: *const u8) -> bool {
-    const STEP: usize = 32;
-    for block in 0..PAGE_BYTES / (8 * STEP) {
-        // SAFETY: callers pass a page inside a mapping, and `block` stays inside the page.
-        let at = unsafe { page.cast::<[u64; STEP]>().add(block) };
-        // SAFETY: readable for 256 bytes; a page is aligned for u64. The value is taken once, as a copy.
+    is_zero::<8>(page, LINES - 1, LINES) && is_zero::<32>(page, 0, LINES / 4)
+}
+
+const LINES: usize = PAGE_BYTES / 64;
+
+/// Whether blocks `from` to `to` of `WORDS` words each, counted from `page`, are zero.
+fn is_zero<const WORDS: usize>(page: *const u8, from: usize, to: usize) -> bool {
+    for block in from..to {
+        // SAFETY: callers pass a page inside a mapping, and blocks that lie in the page.
+        let at = unsafe { page.cast::<[u64; WORDS]>().add(block) };
+        // SAFETY: readable, and a page is aligned for u64. The value is taken once, as a copy.
         let words = unsafe { at.read() };
         if words.iter().fold(0, |all, word| all | word) != 0 {
             return false;
@@ -462,6 +470,20 @@ mod tests {
         let read_only = GuestRam::map(layout, files(&file), Access::ReadOnly).unwrap();
         assert_eq!(read_only.write_pages(ChunkIndex(2), 1, &[1; 4096]), Err(RamError::ReadOnly));
         assert_eq!(read_only.discard_all(), Err(RamError::ReadOnly));
+    }
+
+    #[test]
+    fn one_byte_anywhere_makes_a_page_data() {
+        let (layout, file) = two_blocks();
+        let ram = GuestRam::map(layout, files(&file), Access::ReadWrite).unwrap();
+        for at in 0..PAGE_BYTES {
+            let mut page = [0; PAGE_BYTES];
+            page[at] = 1;
+            ram.write_page(PageIndex(65), &page).unwrap();
+            assert_eq!(ram.data_pages(ChunkIndex(1), 0b111), 0b010, "byte {at}");
+        }
+        ram.write_page(PageIndex(65), &[0; PAGE_BYTES]).unwrap();
+        assert_eq!(ram.data_pages(ChunkIndex(1), 0b111), 0);
     }
 
     #[test]

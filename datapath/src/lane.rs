@@ -191,13 +191,18 @@ impl Crew {
         }
     }
 
+    /// Waits for every thread to end by itself.
+    pub(crate) fn join(&mut self) {
+        for thread in self.threads.drain(..) {
+            // A lane that panicked has told the panic hook, and has failed the transfer.
+            let _ = thread.join();
+        }
+    }
+
     /// Severs every link and waits for every thread.
     pub(crate) fn disband(&mut self) {
         self.fate.stop();
-        for thread in self.threads.drain(..) {
-            // A lane that panicked has told the panic hook; its links are severed all the same.
-            let _ = thread.join();
-        }
+        self.join();
     }
 }
 

@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use crate::error::{DataError, LinkFault};
 
 pub mod memory;
-mod ring;
+pub(crate) mod ring;
 pub mod tcp;
 pub mod zero_copy;
 

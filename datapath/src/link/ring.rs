@@ -34,7 +34,7 @@ const NOTIF_USAGE_ZC_COPIED: i32 = i32::MIN;
 
 /// A finished operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Done {
+pub(crate) enum Done {
     /// The send ended: bytes sent, or the error; `held` when a zero-copy slot is still being read.
     Send { outcome: Result<usize, Errno>, held: bool },
     /// The receive ended: bytes received, or the error.
@@ -57,7 +57,7 @@ impl Drop for Mapped {
 }
 
 /// The ring, the registered buffers, and what is in flight on them.
-pub(super) struct Ring {
+pub(crate) struct Ring {
     uring: IoUring,
     slots: Option<Mapped>,
     receive: Option<Mapped>,
@@ -80,7 +80,7 @@ fn refused(service: &'static str, fix: &'static str) -> impl Fn(Errno) -> LinkTr
     move |errno| LinkTrouble::Refused { service, fix, errno }
 }
 
-pub(super) fn errno_of(error: &std::io::Error) -> Errno {
+pub(crate) fn errno_of(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
@@ -89,7 +89,7 @@ const FIX_URING: &str = "allow io_uring (sysctl kernel.io_uring_disabled=0, Linu
 
 impl Ring {
     /// Makes the ring for a connected socket. The calling thread is the only one that may use it from now on.
-    pub(super) fn new(socket: BorrowedFd<'_>, plan: LinkPlan) -> Result<Ring, LinkTrouble> {
+    pub(crate) fn new(socket: BorrowedFd<'_>, plan: LinkPlan) -> Result<Ring, LinkTrouble> {
         let uring = build().map_err(|error| refused("set up an io_uring", FIX_URING)(errno_of(&error)))?;
         let slots =
             map_slots(plan.send_slots * plan.slot_bytes).map_err(refused("allocate buffers", FIX_MEMORY))?;
@@ -117,17 +117,17 @@ impl Ring {
     }
 
     /// Whether the slots are registered, as zero-copy needs.
-    pub(super) fn registered(&self) -> bool {
+    pub(crate) fn registered(&self) -> bool {
         self.registered
     }
 
     /// Whether the kernel may still read a slot.
-    pub(super) fn is_busy(&self, slot: usize) -> bool {
+    pub(crate) fn is_busy(&self, slot: usize) -> bool {
         self.sending == Some(slot) || self.held.get(slot).copied().unwrap_or(true)
     }
 
     /// The bytes of a slot; empty while the kernel may read it.
-    pub(super) fn slot_mut(&mut self, slot: usize) -> &mut [u8] {
+    pub(crate) fn slot_mut(&mut self, slot: usize) -> &mut [u8] {
         let Some(start) = self.slot_start(slot).filter(|_| !self.is_busy(slot)) else { return &mut [] };
         // SAFETY: the slot lies inside our mapping, no operation uses it, and the borrow is of `self`.
         unsafe { std::slice::from_raw_parts_mut(start, self.plan.slot_bytes) }
@@ -140,7 +140,7 @@ impl Ring {
     }
 
     /// The bytes that arrived and were not consumed.
-    pub(super) fn arrived(&mut self) -> &mut [u8] {
+    pub(crate) fn arrived(&mut self) -> &mut [u8] {
         let len = usize::try_from(self.tail - self.head).unwrap_or(0);
         let Some(start) = self.receive_start(self.head) else { return &mut [] };
         // SAFETY: `len` is at most the ring's size and starts in its first mapping, so it lies inside the two. The
@@ -156,12 +156,12 @@ impl Ring {
     }
 
     /// Gives arrived bytes back.
-    pub(super) fn consume(&mut self, len: usize) {
+    pub(crate) fn consume(&mut self, len: usize) {
         self.head = self.tail.min(self.head + len as u64);
     }
 
     /// Queues a send of a part of a slot. There is at most one in flight, or the kernel might reorder them.
-    pub(super) fn push_send(
+    pub(crate) fn push_send(
         &mut self,
         slot: usize,
         from: usize,
@@ -188,7 +188,7 @@ impl Ring {
     }
 
     /// Queues a receive into the free part of the ring, if there is none in flight and there is room.
-    pub(super) fn push_receive(&mut self) -> Result<(), LinkTrouble> {
+    pub(crate) fn push_receive(&mut self) -> Result<(), LinkTrouble> {
         let used = usize::try_from(self.tail - self.head).unwrap_or(usize::MAX);
         let free = self.plan.receive_bytes.saturating_sub(used);
         if self.receiving.is_some() || free == 0 {
@@ -209,7 +209,7 @@ impl Ring {
     }
 
     /// Submits what is queued and runs completions, waiting for one for at most `wait`.
-    pub(super) fn enter(&mut self, wait: Duration) -> Result<(), LinkTrouble> {
+    pub(crate) fn enter(&mut self, wait: Duration) -> Result<(), LinkTrouble> {
         let outcome = if wait.is_zero() {
             let queued = u32::try_from(self.uring.submission().len()).unwrap_or(0);
             // SAFETY: no argument is passed, so none can dangle.
@@ -225,7 +225,7 @@ impl Ring {
     }
 
     /// The next finished operation.
-    pub(super) fn reap(&mut self) -> Option<Done> {
+    pub(crate) fn reap(&mut self) -> Option<Done> {
         let entry = self.uring.completion().next()?;
         let slot = usize::try_from(entry.user_data() & SLOT_MASK).unwrap_or(usize::MAX);
         if cqueue::notif(entry.flags()) {
@@ -257,7 +257,7 @@ impl Ring {
     }
 
     /// Waits for the last operations of a socket that was shut down. Whether none is left.
-    pub(super) fn drain(&mut self) -> bool {
+    pub(crate) fn drain(&mut self) -> bool {
         for _ in 0..DRAIN_ROUNDS {
             while self.reap().is_some() {}
             if !self.in_flight() {
