@@ -140,11 +140,10 @@ impl SourceHands {
             report.dirty = PageSet::full(self.ram.layout()).count();
             sender.send_zero(zero)?;
         }
-        if !sender.send(&send, go_on)? {
+        if !sender.send(&send, go_on)? || !sender.flush_while(go_on)? {
             self.ledger.put_back(&send);
             return Err(Stopped::Interrupted);
         }
-        sender.flush()?;
         report.sending = began.elapsed();
         report.sent = send.count().plus(zero.map_or(PageCount(0), |zero| zero.count()));
         report.held = self.ledger.held_count();
