@@ -191,7 +191,7 @@ impl World {
             if self.events > EVENTS_MAX {
                 return Err(format!("the story does not end: {:?} / {:?}", self.source, self.target));
             }
-            self.trouble();
+            self.trouble()?;
             self.happen(due)?;
             self.check_runners()?;
         }
@@ -199,7 +199,7 @@ impl World {
     }
 
     /// What the story lets go wrong at this event.
-    fn trouble(&mut self) {
+    fn trouble(&mut self) -> Result<(), String> {
         let at = self.events;
         let troubles: Vec<Trouble> = self
             .common
@@ -211,8 +211,8 @@ impl World {
             .collect();
         for trouble in troubles {
             match trouble {
-                Trouble::KillSource => self.source.kill(&mut self.common),
-                Trouble::KillTarget => self.target.kill(&mut self.common),
+                Trouble::KillSource => self.source.kill(&mut self.common)?,
+                Trouble::KillTarget => self.target.kill(&mut self.common)?,
                 Trouble::KillGuardian => self.source.kill_guardian(),
                 Trouble::CutControl(cut) => {
                     self.common.network.cut(cut, &mut self.common.calendar, &mut self.common.dice)
@@ -221,6 +221,7 @@ impl World {
                 Trouble::RestartTarget => self.target.restart(&mut self.common),
             }
         }
+        Ok(())
     }
 
     fn happen(&mut self, due: Due) -> Result<(), String> {

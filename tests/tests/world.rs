@@ -33,7 +33,7 @@ fn seeds() -> std::ops::Range<u64> {
         .as_deref()
         .and_then(|r| r.split_once(".."))
         .and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
-    parsed.unwrap_or(0..20_000)
+    parsed.unwrap_or(0..8_000)
 }
 
 #[test]

@@ -129,10 +129,13 @@ impl FakeGuest {
         Ok(())
     }
 
-    /// It can never run again.
-    pub fn end(&mut self) {
-        self.runs = false;
+    /// It can never run again. The error is a broken law: what runs is never thrown away.
+    pub fn end(&mut self) -> Result<(), String> {
+        if self.runs {
+            return Err("a guest that runs was retired or discarded".into());
+        }
         self.gone = true;
+        Ok(())
     }
 
     /// The target's VMM loads the device state.

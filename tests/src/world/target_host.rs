@@ -29,13 +29,13 @@ enum Doing {
     Load(VacantToken),
     Run(RunLicence),
     Discard,
-    LanesBring,
+    LanesBring(usize),
     LanesBroke,
 }
 
 impl TargetJob {
-    pub(super) const fn lanes_bring() -> Self {
-        Self { doing: Doing::LanesBring }
+    pub(super) const fn lanes_bring(records: usize) -> Self {
+        Self { doing: Doing::LanesBring(records) }
     }
 
     pub(super) const fn lanes_broke() -> Self {
@@ -202,10 +202,10 @@ impl TargetHost {
             Doing::Run(licence) => self.run(licence, fails, common)?,
             Doing::Discard => {
                 self.told = None;
-                self.guest.end();
+                self.guest.end()?;
                 self.post(TargetEvent::Discarded, common);
             }
-            Doing::LanesBring => self.lanes_bring(common),
+            Doing::LanesBring(records) => self.lanes_bring(records, common),
             Doing::LanesBroke if common.network.lanes.broke() => {
                 self.post(TargetEvent::LanesFailed(refused()), common);
             }
@@ -277,8 +277,8 @@ impl TargetHost {
     }
 
     /// Records arrive whether or not the machine is ready for them.
-    fn lanes_bring(&mut self, common: &mut Common) {
-        while let Some(record) = common.network.lanes.receive() {
+    fn lanes_bring(&mut self, records: usize, common: &mut Common) {
+        for record in (0..records).map_while(|_| common.network.lanes.receive()) {
             match record {
                 Record::Page(page, content) => self.guest.fill(page, content),
                 Record::State(register) => self.spool = Some(register),
@@ -330,17 +330,18 @@ impl TargetHost {
     }
 
     /// `kill -9`: what it had told the VMM happens at once or never.
-    pub(super) fn kill(&mut self, common: &mut Common) {
+    pub(super) fn kill(&mut self, common: &mut Common) -> Result<(), String> {
         if self.process != Process::First {
-            return;
+            return Ok(());
         }
         match self.told.take().filter(|_| common.dice.per_mille(500)) {
-            Some(Told::Run) => self.guest.run().unwrap_or_default(),
-            Some(Told::Discard) => self.guest.end(),
+            Some(Told::Run) => self.guest.run()?,
+            Some(Told::Discard) => self.guest.end()?,
             None => {}
         }
         self.end_driver(common);
         common.network.lanes.cut();
+        Ok(())
     }
 
     /// Somebody starts a receiver at the same address, for another guest.
