@@ -24,15 +24,16 @@ pub fn lane_error(error: &DataError) -> SessionError {
 pub fn guest_error(error: &GuestError) -> SessionError {
     match error {
         GuestError::Bug(text) => SessionError::Bug(text.clone()),
-        GuestError::UserMistake(_) | GuestError::HostRefused { .. } | GuestError::GuestMisbehaved(_) | GuestError::Relay(_) => {
-            SessionError::HostRefused(error.to_string())
-        }
+        GuestError::UserMistake(_)
+        | GuestError::HostRefused { .. }
+        | GuestError::GuestMisbehaved(_)
+        | GuestError::Relay(_) => SessionError::HostRefused(error.to_string()),
     }
 }
 
 /// A guest that could not be opened, before anything began.
 #[must_use]
-pub fn refused_guest(error: GuestError) -> Failure {
+pub fn refused_guest(error: &GuestError) -> Failure {
     let text = error.to_string();
     match error.blame() {
         GuestBlame::User => Failure::Refused(text),
@@ -47,14 +48,22 @@ pub fn refused_guest(error: GuestError) -> Failure {
 pub fn ended(error: &SessionError, where_it_is: &str) -> Failure {
     let text = format!("{}; {where_it_is}", error.to_string().trim_end_matches('.'));
     match error {
-        SessionError::Cancelled | SessionError::TimedOut { .. } | SessionError::NotConverging(_) => Failure::Cancelled(text),
+        SessionError::Cancelled | SessionError::TimedOut { .. } | SessionError::NotConverging(_) => {
+            Failure::Cancelled(text)
+        }
         SessionError::Incompatible(_) => Failure::Refused(text),
         SessionError::PeerMisbehaved(_) | SessionError::MemoryDiffers => Failure::PeerMisbehaved(text),
         SessionError::PeerEnded(reason) => match reason.kind() {
             AbortKind::Cancelled | AbortKind::TimedOut | AbortKind::NotConverging => Failure::Cancelled(text),
             AbortKind::Incompatible => Failure::Refused(text),
             AbortKind::Misbehaved => Failure::PeerMisbehaved(text),
-            _ => Failure::Unavailable(text),
+            AbortKind::MemoryDiffers => Failure::PeerMisbehaved(text),
+            AbortKind::Plaintext => Failure::Refused(text),
+            AbortKind::Busy
+            | AbortKind::LinkLost
+            | AbortKind::HostRefused
+            | AbortKind::Bug
+            | AbortKind::Other => Failure::Unavailable(text),
         },
         SessionError::PeerSilent { .. } | SessionError::LinkLost(_) => Failure::Unavailable(text),
         SessionError::HostRefused(_) => Failure::Permission(text),

@@ -73,7 +73,11 @@ pub struct ControlChannel {
 
 impl ControlChannel {
     /// Dials the target and finishes the handshake; the peer's certificate must carry `name` (the endpoint's host, or `--tls-hostname`).
-    pub fn connect(endpoint: &Endpoint, name: &str, security: &Security<ClientConfig>) -> Result<Self, Failure> {
+    pub fn connect(
+        endpoint: &Endpoint,
+        name: &str,
+        security: &Security<ClientConfig>,
+    ) -> Result<Self, Failure> {
         let address = endpoint.resolve()?;
         let mut stream = dial(address, endpoint)?;
         let wire = match security {
@@ -82,12 +86,16 @@ impl ControlChannel {
                 Wire::Plain
             }
             Security::Tls(config) => {
-                let server_name = ServerName::try_from(name.to_owned())
-                    .map_err(|_| Failure::Refused(format!("{name:?} is not a name that a certificate can carry: give --tls-hostname")))?;
+                let server_name = ServerName::try_from(name.to_owned()).map_err(|_| {
+                    Failure::Refused(format!(
+                        "{name:?} is not a name that a certificate can carry: give --tls-hostname"
+                    ))
+                })?;
                 let connection = ClientConnection::new(Arc::clone(config), server_name)
                     .map_err(|e| Failure::Bug(format!("TLS client could not start: {e}")))?;
                 let mut connection = Connection::Client(connection);
-                handshake(&mut connection, &mut stream).map_err(|e| client_handshake_failed(endpoint, name, &e))?;
+                handshake(&mut connection, &mut stream)
+                    .map_err(|e| client_handshake_failed(endpoint, name, &e))?;
                 Wire::Tls(Box::new(connection))
             }
         };
@@ -118,19 +126,28 @@ impl ControlChannel {
 
     /// Sends one message, from the caller's thread.
     pub fn send(&self, message: &Message) -> Result<(), Failure> {
-        let bytes = encode(message).map_err(|e| Failure::Bug(format!("a message could not be encoded: {e}")))?;
+        let bytes =
+            encode(message).map_err(|e| Failure::Bug(format!("a message could not be encoded: {e}")))?;
         let mut wire = self.lock();
         let written = match &mut *wire {
             Wire::Plain => write_all_nonblocking(&self.stream, &bytes),
-            Wire::Tls(connection) => connection.writer().write_all(&bytes).and_then(|()| self.flush_tls(connection)),
+            Wire::Tls(connection) => {
+                connection.writer().write_all(&bytes).and_then(|()| self.flush_tls(connection))
+            }
         };
-        written.map_err(|e| Failure::Unavailable(format!("the control connection was lost while sending: {e}")))
+        written
+            .map_err(|e| Failure::Unavailable(format!("the control connection was lost while sending: {e}")))
     }
 
     /// Starts the thread that reads messages into `sink` until the connection ends or `sink` returns false.
-    pub fn start_reader(&self, mut sink: impl FnMut(ChannelEvent) -> bool + Send + 'static) -> io::Result<()> {
+    pub fn start_reader(
+        &self,
+        mut sink: impl FnMut(ChannelEvent) -> bool + Send + 'static,
+    ) -> io::Result<()> {
         let channel = self.clone();
-        std::thread::Builder::new().name("control".into()).spawn(move || channel.read_until_end(&mut sink))?;
+        std::thread::Builder::new()
+            .name("control".into())
+            .spawn(move || channel.read_until_end(&mut sink))?;
         Ok(())
     }
 
@@ -159,7 +176,9 @@ impl ControlChannel {
     #[must_use]
     pub fn peer_identity(&self) -> Option<Vec<u8>> {
         match &*self.lock() {
-            Wire::Tls(connection) => connection.peer_certificates().and_then(|chain| chain.first()).map(|cert| cert.to_vec()),
+            Wire::Tls(connection) => {
+                connection.peer_certificates().and_then(|chain| chain.first()).map(|cert| cert.to_vec())
+            }
             Wire::Plain => None,
         }
     }
@@ -194,19 +213,8 @@ impl ControlChannel {
                 }
             };
             decoder.push(&buffer[..taken]);
-            loop {
-                match decoder.next_message() {
-                    Ok(Some(message)) => {
-                        if !sink(ChannelEvent::Message(message)) {
-                            return;
-                        }
-                    }
-                    Ok(None) => break,
-                    Err(error) => {
-                        sink(ChannelEvent::Misbehaved(error.to_string()));
-                        return;
-                    }
-                }
+            if !drain(&mut decoder, sink) {
+                return;
             }
         }
     }
@@ -231,7 +239,9 @@ impl ControlChannel {
                     if connection.read_tls(&mut &*self.stream)? == 0 {
                         return Ok(0);
                     }
-                    connection.process_new_packets().map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
+                    connection
+                        .process_new_packets()
+                        .map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
                     self.flush_tls(connection)?;
                     connection.reader().read(buffer)
                 }
@@ -258,10 +268,30 @@ impl ControlChannel {
     }
 }
 
+/// Every whole message to the sink; whether to read on.
+fn drain(decoder: &mut Decoder, sink: &mut dyn FnMut(ChannelEvent) -> bool) -> bool {
+    loop {
+        match decoder.next_message() {
+            Ok(Some(message)) => {
+                if !sink(ChannelEvent::Message(message)) {
+                    return false;
+                }
+            }
+            Ok(None) => return true,
+            Err(error) => {
+                sink(ChannelEvent::Misbehaved(error.to_string()));
+                return false;
+            }
+        }
+    }
+}
+
 /// Connects with a bound on time and makes the socket notice a silent peer.
 pub fn dial(address: SocketAddr, endpoint: &Endpoint) -> Result<TcpStream, Failure> {
     let stream = TcpStream::connect_timeout(&address, HANDSHAKE_TIMEOUT).map_err(|e| {
-        Failure::Unavailable(format!("cannot connect to {endpoint}: {e}; is 'vmferry receive --listen {endpoint}' running there?"))
+        Failure::Unavailable(format!(
+            "cannot connect to {endpoint}: {e}; is 'vmferry receive --listen {endpoint}' running there?"
+        ))
     })?;
     bound_handshake(&stream).and_then(|()| notice_silence(&stream)).map_err(|e| lost_early(endpoint, &e))?;
     Ok(stream)

@@ -11,7 +11,12 @@ use crate::quantity::{Bandwidth, CpuList, LaneCount};
 
 /// Moves running virtual machines between hosts.
 #[derive(Debug, Parser)]
-#[command(name = "vmferry", version, about, after_help = "Exit codes: 'vmferry exit-codes'. Logs: VMFERRY_LOG=debug.")]
+#[command(
+    name = "vmferry",
+    version,
+    about,
+    after_help = "Exit codes: 'vmferry exit-codes'. Logs: VMFERRY_LOG=debug."
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -92,7 +97,13 @@ pub struct SendArgs {
     #[arg(long, value_enum, default_value_t = NoConverge::Abort)]
     pub on_no_converge: NoConverge,
     /// Lanes (pinned threads with one connection each): auto or a number.
-    #[arg(long, value_name = "auto|N", default_value = "auto", alias = "parallel-connections", alias = "connections")]
+    #[arg(
+        long,
+        value_name = "auto|N",
+        default_value = "auto",
+        alias = "parallel-connections",
+        alias = "connections"
+    )]
     pub lanes: LaneCount,
     /// CPUs that lanes may be pinned to.
     #[arg(long, value_name = "LIST")]

@@ -30,7 +30,8 @@ trait Stage {
 
 /// Moves a guest from one VMM on this machine to another, and back.
 pub fn demo(args: &DemoArgs) -> Result<(), Failure> {
-    let pki = tempfile::tempdir().map_err(|e| Failure::Permission(format!("cannot make a directory for keys: {e}")))?;
+    let pki = tempfile::tempdir()
+        .map_err(|e| Failure::Permission(format!("cannot make a directory for keys: {e}")))?;
     crate::keys::init(pki.path(), &["127.0.0.1".to_owned()])?;
     let mut stage = stage(args)?;
     eprintln!("demo: {}", stage.title());
@@ -51,7 +52,9 @@ fn stage(args: &DemoArgs) -> Result<Box<dyn Stage>, Failure> {
     let process = || process_guests::ProcessStage::start(ram).map(|stage| Box::new(stage) as Box<dyn Stage>);
     match (args.guests, Assets::find()) {
         (DemoGuests::Process, _) => process(),
-        (DemoGuests::Auto | DemoGuests::Qemu, Ok(assets)) => Ok(Box::new(qemu_guests::QemuStage::start(&assets, ram)?)),
+        (DemoGuests::Auto | DemoGuests::Qemu, Ok(assets)) => {
+            Ok(Box::new(qemu_guests::QemuStage::start(&assets, ram)?))
+        }
         (DemoGuests::Qemu, Err(missing)) => Err(Failure::Refused(missing.to_string())),
         (DemoGuests::Auto, Err(missing)) => {
             eprintln!("demo: {missing}; showing process guests instead");
@@ -64,9 +67,7 @@ fn print(args: &DemoArgs, moves: &[Moved], verdict: &str) {
     let blackout = histogram(moves.iter().map(|m| m.blackout_ms));
     let gap = histogram(moves.iter().filter_map(|m| m.gap_ms));
     if args.json {
-        let figures = |h: &Histogram<u64>| {
-            serde_json::json!({ "moves": h.len(), "p50": at(h, 0.5), "p90": at(h, 0.9), "max": at(h, 1.0) })
-        };
+        let figures = |h: &Histogram<u64>| serde_json::json!({ "moves": h.len(), "p50": at(h, 0.5), "p90": at(h, 0.9), "max": at(h, 1.0) });
         let object = serde_json::json!({
             "status": "completed", "verdict": verdict, "blackout_ms": figures(&blackout), "guest_gap_ms": figures(&gap),
         });
@@ -75,7 +76,10 @@ fn print(args: &DemoArgs, moves: &[Moved], verdict: &str) {
     }
     println!("\nHow long the guest was away, {} moves:", moves.len());
     println!("{:<44} {:>8} {:>8} {:>8}", "", "p50 ms", "p90 ms", "max ms");
-    for (name, h) in [("blackout (source stopped to target running)", &blackout), ("guest-visible gap (its heart beat, host clock)", &gap)] {
+    for (name, h) in [
+        ("blackout (source stopped to target running)", &blackout),
+        ("guest-visible gap (its heart beat, host clock)", &gap),
+    ] {
         if !h.is_empty() {
             println!("{name:<46} {:>6.1} {:>8.1} {:>8.1}", at(h, 0.5), at(h, 0.9), at(h, 1.0));
         }
@@ -98,7 +102,8 @@ fn bars(h: &Histogram<u64>) {
 }
 
 fn histogram(values_ms: impl Iterator<Item = f64>) -> Histogram<u64> {
-    let mut histogram = Histogram::new(3).unwrap_or_else(|_| unreachable!("three digits are a valid precision"));
+    let mut histogram =
+        Histogram::new(3).unwrap_or_else(|_| unreachable!("three digits are a valid precision"));
     for ms in values_ms {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a time, never negative")]
         let us = (ms * 1e3) as u64;

@@ -34,7 +34,12 @@ pub struct Finding {
     pub verdict: Verdict,
 }
 
-fn finding(part: &'static str, verdict: Verdict, found: impl Into<String>, consequence: impl Into<String>) -> Finding {
+fn finding(
+    part: &'static str,
+    verdict: Verdict,
+    found: impl Into<String>,
+    consequence: impl Into<String>,
+) -> Finding {
     Finding { part, found: found.into(), consequence: consequence.into(), verdict }
 }
 
@@ -42,7 +47,17 @@ fn finding(part: &'static str, verdict: Verdict, found: impl Into<String>, conse
 #[must_use]
 pub fn examine() -> Vec<Finding> {
     let mut findings = vec![kernel(), ring()];
-    findings.extend([tracking(), soft_dirty(), ptrace(), aes(), seal(), memlock(), huge_pages(), numa(), isolation()]);
+    findings.extend([
+        tracking(),
+        soft_dirty(),
+        ptrace(),
+        aes(),
+        seal(),
+        memlock(),
+        huge_pages(),
+        numa(),
+        isolation(),
+    ]);
     findings.extend([kvm(), vfio(), rdma(), qemu(), throttle()]);
     findings
 }
@@ -69,7 +84,12 @@ fn read(path: &str) -> Option<String> {
 
 fn kernel() -> Finding {
     let release = read("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into());
-    finding("kernel", Verdict::Good, release, "6.7 or newer tracks writes with PAGEMAP_SCAN; older ones with soft-dirty")
+    finding(
+        "kernel",
+        Verdict::Good,
+        release,
+        "6.7 or newer tracks writes with PAGEMAP_SCAN; older ones with soft-dirty",
+    )
 }
 
 fn ring() -> Finding {
@@ -93,16 +113,30 @@ fn ring() -> Finding {
             .filter(|(_, code)| probe.is_supported(*code))
             .map(|(name, _)| name)
             .collect();
-            finding(part, Verdict::Good, offered.join(", "), "lanes: one ring each, registered buffers; send-zc only where a measurement wins")
+            finding(
+                part,
+                Verdict::Good,
+                offered.join(", "),
+                "lanes: one ring each, registered buffers; send-zc only where a measurement wins",
+            )
         }
-        Err(error) => finding(part, Verdict::Blocks, error.to_string(), "allow it: sysctl kernel.io_uring_disabled=0, or the container's seccomp profile"),
+        Err(error) => finding(
+            part,
+            Verdict::Blocks,
+            error.to_string(),
+            "allow it: sysctl kernel.io_uring_disabled=0, or the container's seccomp profile",
+        ),
     }
 }
 
 fn tracking() -> Finding {
     match vmferry_guest::attach::kernel_support() {
-        Ok(text) => finding("PAGEMAP_SCAN", Verdict::Good, text, "dirty pages of a running guest, from outside"),
-        Err(why) => finding("PAGEMAP_SCAN", Verdict::Without, why, "soft-dirty instead, where the kernel has it"),
+        Ok(text) => {
+            finding("PAGEMAP_SCAN", Verdict::Good, text, "dirty pages of a running guest, from outside")
+        }
+        Err(why) => {
+            finding("PAGEMAP_SCAN", Verdict::Without, why, "soft-dirty instead, where the kernel has it")
+        }
     }
 }
 
@@ -110,7 +144,9 @@ fn tracking() -> Finding {
 fn soft_dirty() -> Finding {
     match soft_dirty_is_set() {
         true => finding("soft-dirty", Verdict::Good, "present", "the fallback for kernels before 6.7"),
-        false => finding("soft-dirty", Verdict::Without, "not in this kernel", "nothing where PAGEMAP_SCAN works"),
+        false => {
+            finding("soft-dirty", Verdict::Without, "not in this kernel", "nothing where PAGEMAP_SCAN works")
+        }
     }
 }
 
@@ -120,23 +156,39 @@ fn soft_dirty_is_set() -> bool {
     let page = vec![1u8; 4096];
     let Ok(entry_at) = u64::try_from(page.as_ptr().addr() / 4096 * 8) else { return false };
     let mut entry = [0u8; 8];
-    let read = fs::File::open("/proc/self/pagemap").and_then(|pagemap| pagemap.read_exact_at(&mut entry, entry_at));
+    let read =
+        fs::File::open("/proc/self/pagemap").and_then(|pagemap| pagemap.read_exact_at(&mut entry, entry_at));
     read.is_ok() && u64::from_le_bytes(entry) & SOFT_DIRTY != 0
 }
 
 fn ptrace() -> Finding {
     const CAP_SYS_PTRACE: u64 = 1 << 19;
     let capable = read("/proc/self/status")
-        .and_then(|status| status.lines().find_map(|l| l.strip_prefix("CapEff:").map(str::trim).map(str::to_owned)))
+        .and_then(|status| {
+            status.lines().find_map(|l| l.strip_prefix("CapEff:").map(str::trim).map(str::to_owned))
+        })
         .and_then(|hex| u64::from_str_radix(&hex, 16).ok())
         .is_some_and(|capabilities| capabilities & CAP_SYS_PTRACE != 0);
     let scope = read("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_else(|| "no yama".into());
-    let found = format!("CAP_SYS_PTRACE {}, yama ptrace_scope {scope}", if capable { "held" } else { "missing" });
+    let found =
+        format!("CAP_SYS_PTRACE {}, yama ptrace_scope {scope}", if capable { "held" } else { "missing" });
     match (capable, scope.as_str()) {
-        (true, "3") => finding("ptrace", Verdict::Blocks, found, "yama forbids every attach: sysctl kernel.yama.ptrace_scope=1 needs a reboot here"),
+        (true, "3") => finding(
+            "ptrace",
+            Verdict::Blocks,
+            found,
+            "yama forbids every attach: sysctl kernel.yama.ptrace_scope=1 needs a reboot here",
+        ),
         (true, _) => finding("ptrace", Verdict::Good, found, "attaches to any VMM for under a millisecond"),
-        (false, "0" | "no yama") => finding("ptrace", Verdict::Without, found, "attaches to VMMs of this user only; run as root for others"),
-        (false, _) => finding("ptrace", Verdict::Blocks, found, "run vmferry send as root or with CAP_SYS_PTRACE"),
+        (false, "0" | "no yama") => finding(
+            "ptrace",
+            Verdict::Without,
+            found,
+            "attaches to VMMs of this user only; run as root for others",
+        ),
+        (false, _) => {
+            finding("ptrace", Verdict::Blocks, found, "run vmferry send as root or with CAP_SYS_PTRACE")
+        }
     }
 }
 
@@ -156,12 +208,18 @@ fn aes() -> Finding {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn aes() -> Finding {
-    finding("AES in the CPU", Verdict::Without, "not looked at on this architecture", "sealing is measured below")
+    finding(
+        "AES in the CPU",
+        Verdict::Without,
+        "not looked at on this architecture",
+        "sealing is measured below",
+    )
 }
 
 fn seal() -> Finding {
     let (fastest, rates) = vmferry_datapath::fastest_provider();
-    let found: Vec<String> = rates.iter().map(|(provider, rate)| format!("{provider} {rate:.1} GB/s")).collect();
+    let found: Vec<String> =
+        rates.iter().map(|(provider, rate)| format!("{provider} {rate:.1} GB/s")).collect();
     finding("AES-256-GCM, measured", Verdict::Good, found.join(", "), format!("lanes seal with {fastest}"))
 }
 
@@ -169,13 +227,20 @@ fn memlock() -> Finding {
     use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
     let needed = u64::try_from(vmferry_datapath::limits::BUDGET_BYTES).unwrap_or(u64::MAX);
     match getrlimit(Resource::RLIMIT_MEMLOCK) {
-        Ok((soft, _)) if soft == RLIM_INFINITY => finding("memlock limit", Verdict::Good, "unlimited", "lane buffers are registered"),
-        Ok((soft, _)) if soft >= needed => finding("memlock limit", Verdict::Good, crate::report::human(soft), "lane buffers are registered"),
+        Ok((soft, _)) if soft == RLIM_INFINITY => {
+            finding("memlock limit", Verdict::Good, "unlimited", "lane buffers are registered")
+        }
+        Ok((soft, _)) if soft >= needed => {
+            finding("memlock limit", Verdict::Good, crate::report::human(soft), "lane buffers are registered")
+        }
         Ok((soft, _)) => finding(
             "memlock limit",
             Verdict::Without,
             crate::report::human(soft),
-            format!("root is exempt; else 'ulimit -l {}' for registered buffers of every lane", needed / 1024),
+            format!(
+                "root is exempt; else 'ulimit -l {}' for registered buffers of every lane",
+                needed / 1024
+            ),
         ),
         Err(error) => finding("memlock limit", Verdict::Without, error.to_string(), "could not be read"),
     }
@@ -191,37 +256,69 @@ fn huge_pages() -> Finding {
     if sizes.is_empty() {
         return finding("huge pages", Verdict::Without, "none in this kernel", "guests on 4 KiB pages");
     }
-    finding("huge pages", Verdict::Good, sizes.join(", "), "guests on hugetlbfs are tracked by whole huge pages")
+    finding(
+        "huge pages",
+        Verdict::Good,
+        sizes.join(", "),
+        "guests on hugetlbfs are tracked by whole huge pages",
+    )
 }
 
 fn numa() -> Finding {
     let nodes = read("/sys/devices/system/node/online").unwrap_or_else(|| "0".into());
     let cpus = read("/sys/devices/system/cpu/online").unwrap_or_else(|| "?".into());
-    finding("NUMA", Verdict::Good, format!("nodes {nodes}, CPUs {cpus}"), "name CPUs next to the NIC with --cpus")
+    finding(
+        "NUMA",
+        Verdict::Good,
+        format!("nodes {nodes}, CPUs {cpus}"),
+        "name CPUs next to the NIC with --cpus",
+    )
 }
 
 fn isolation() -> Finding {
     match read("/sys/devices/system/cpu/isolated").filter(|list| !list.is_empty()) {
-        Some(list) => finding("CPU isolation", Verdict::Good, list, "--cpus with isolated CPUs keeps lanes away from vCPUs"),
-        None => finding("CPU isolation", Verdict::Without, "none", "lanes share CPUs with everything else; --cpus pins them"),
+        Some(list) => finding(
+            "CPU isolation",
+            Verdict::Good,
+            list,
+            "--cpus with isolated CPUs keeps lanes away from vCPUs",
+        ),
+        None => finding(
+            "CPU isolation",
+            Verdict::Without,
+            "none",
+            "lanes share CPUs with everything else; --cpus pins them",
+        ),
     }
 }
 
 fn kvm() -> Finding {
     let hardware = read("/proc/cpuinfo").is_some_and(|text| {
-        text.lines().find(|l| l.starts_with("flags")).is_some_and(|l| l.split(' ').any(|flag| flag == "vmx" || flag == "svm"))
+        text.lines()
+            .find(|l| l.starts_with("flags"))
+            .is_some_and(|l| l.split(' ').any(|flag| flag == "vmx" || flag == "svm"))
     });
     let opens = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
     match (opens, hardware) {
         (true, true) => finding("KVM", Verdict::Good, "/dev/kvm opens", "QEMU guests under KVM or TCG"),
-        (true, false) => finding("KVM", Verdict::Without, "/dev/kvm opens, but the CPU shows neither vmx nor svm", "guests under TCG only"),
+        (true, false) => finding(
+            "KVM",
+            Verdict::Without,
+            "/dev/kvm opens, but the CPU shows neither vmx nor svm",
+            "guests under TCG only",
+        ),
         (false, _) => finding("KVM", Verdict::Without, "/dev/kvm does not open", "guests under TCG only"),
     }
 }
 
 fn vfio() -> Finding {
     if Path::new("/dev/vfio/vfio").exists() {
-        finding("VFIO", Verdict::Without, "/dev/vfio/vfio", "not used yet: passthrough devices are the next part")
+        finding(
+            "VFIO",
+            Verdict::Without,
+            "/dev/vfio/vfio",
+            "not used yet: passthrough devices are the next part",
+        )
     } else {
         finding("VFIO", Verdict::Without, "no /dev/vfio", "guests without passthrough devices")
     }
@@ -246,19 +343,44 @@ fn qemu() -> Finding {
     match version {
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stdout);
-            finding("QEMU", Verdict::Good, text.lines().next().unwrap_or("?").to_owned(), "guests and the demo")
+            finding(
+                "QEMU",
+                Verdict::Good,
+                text.lines().next().unwrap_or("?").to_owned(),
+                "guests and the demo",
+            )
         }
-        Err(_) => finding("QEMU", Verdict::Without, "not installed", "the demo uses process guests; scripts/setup installs it"),
+        Err(_) => finding(
+            "QEMU",
+            Verdict::Without,
+            "not installed",
+            "the demo uses process guests; scripts/setup installs it",
+        ),
     }
 }
 
 fn throttle() -> Finding {
     if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        finding("cgroup CPU controller", Verdict::Good, "v2", "--on-no-converge throttle slows the VMM's own group")
+        finding(
+            "cgroup CPU controller",
+            Verdict::Good,
+            "v2",
+            "--on-no-converge throttle slows the VMM's own group",
+        )
     } else if Path::new("/sys/fs/cgroup/cpu").is_dir() {
-        finding("cgroup CPU controller", Verdict::Good, "v1", "--on-no-converge throttle slows the VMM's own group")
+        finding(
+            "cgroup CPU controller",
+            Verdict::Good,
+            "v1",
+            "--on-no-converge throttle slows the VMM's own group",
+        )
     } else {
-        finding("cgroup CPU controller", Verdict::Without, "not mounted", "--on-no-converge throttle is refused")
+        finding(
+            "cgroup CPU controller",
+            Verdict::Without,
+            "not mounted",
+            "--on-no-converge throttle is refused",
+        )
     }
 }
 
@@ -269,7 +391,20 @@ mod tests {
     #[test]
     fn every_part_of_the_issue_has_a_row() {
         let findings = examine();
-        for part in ["io_uring", "AES in the CPU", "KVM", "VFIO", "RDMA", "huge pages", "PAGEMAP_SCAN", "soft-dirty", "ptrace", "memlock limit", "NUMA", "CPU isolation"] {
+        for part in [
+            "io_uring",
+            "AES in the CPU",
+            "KVM",
+            "VFIO",
+            "RDMA",
+            "huge pages",
+            "PAGEMAP_SCAN",
+            "soft-dirty",
+            "ptrace",
+            "memlock limit",
+            "NUMA",
+            "CPU isolation",
+        ] {
             assert!(findings.iter().any(|f| f.part == part), "{part}");
         }
         assert!(to_table(&findings).contains("lanes seal with"));

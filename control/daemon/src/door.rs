@@ -54,7 +54,8 @@ impl LaneHello {
     pub fn parse(bytes: &[u8; LANE_HELLO_BYTES]) -> Option<Self> {
         let attempt: [u8; 16] = bytes[8..].try_into().ok()?;
         let lane = u16::from_le_bytes([bytes[4], bytes[5]]);
-        (bytes[..4] == LANE_MAGIC && bytes[6..8] == [0, 0]).then(|| Self { attempt: AttemptId::from_bytes(attempt), lane })
+        (bytes[..4] == LANE_MAGIC && bytes[6..8] == [0, 0])
+            .then(|| Self { attempt: AttemptId::from_bytes(attempt), lane })
     }
 }
 
@@ -77,17 +78,27 @@ pub struct Door {
 impl Door {
     /// Listens on `endpoint`.
     pub fn open(endpoint: &Endpoint, security: Security<ServerConfig>) -> Result<Self, Failure> {
-        let cannot = |e: io::Error| match e.kind() {
-            io::ErrorKind::PermissionDenied => Failure::Permission(format!("cannot listen on {endpoint}: {e}; choose a port above 1023")),
-            _ => Failure::Refused(format!("cannot listen on {endpoint}: {e}; choose another port, or an address of this host")),
+        let cannot = |e: io::Error| {
+            if e.kind() == io::ErrorKind::PermissionDenied {
+                return Failure::Permission(format!(
+                    "cannot listen on {endpoint}: {e}; choose a port above 1023"
+                ));
+            }
+            Failure::Refused(format!(
+                "cannot listen on {endpoint}: {e}; choose another port, or an address of this host"
+            ))
         };
         let listener = TcpListener::bind(endpoint.resolve()?).map_err(cannot)?;
         let address = listener.local_addr().map_err(cannot)?;
         let turned_away = Arc::new(AtomicU64::new(0));
         let (sender, arrivals) = bounded(ARRIVALS_MAX);
-        let sorter = Sorter { security, sender, turned_away: Arc::clone(&turned_away), knocking: Arc::default() };
+        let sorter =
+            Sorter { security, sender, turned_away: Arc::clone(&turned_away), knocking: Arc::default() };
         let accepting = listener.try_clone().map_err(cannot)?;
-        std::thread::Builder::new().name("door".into()).spawn(move || sorter.accept_all(&accepting)).map_err(cannot)?;
+        std::thread::Builder::new()
+            .name("door".into())
+            .spawn(move || sorter.accept_all(&accepting))
+            .map_err(cannot)?;
         Ok(Self { arrivals, turned_away, address, listener })
     }
 
@@ -130,7 +141,11 @@ impl Sorter {
         loop {
             match listener.accept() {
                 Ok((stream, from)) => self.answer_knock(stream, from),
-                Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) => {}
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
+                    ) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EMFILE) => std::thread::sleep(CROWDED_SLEEP),
                 Err(_) => return,
             }
@@ -172,7 +187,9 @@ impl Sorter {
             return Err("closed without a word".into());
         }
         match (first[0], &self.security) {
-            (TLS_CLIENT_HELLO, Security::Tls(config)) => ControlChannel::accept_tls(stream, config).map(Arrival::Control),
+            (TLS_CLIENT_HELLO, Security::Tls(config)) => {
+                ControlChannel::accept_tls(stream, config).map(Arrival::Control)
+            }
             (TLS_CLIENT_HELLO, Security::InsecurePlaintext) => {
                 // Bytes that are no TLS record: the source then says «does not speak TLS» instead of «closed».
                 let _ = io::Write::write_all(&mut stream, &PLAIN_PREAMBLE);

@@ -25,7 +25,12 @@ impl Endpoint {
             .to_socket_addrs()
             .ok()
             .and_then(|mut addresses| addresses.next())
-            .ok_or_else(|| Failure::Unavailable(format!("the host name {:?} has no address: check its spelling and DNS", self.host)))
+            .ok_or_else(|| {
+                Failure::Unavailable(format!(
+                    "the host name {:?} has no address: check its spelling and DNS",
+                    self.host
+                ))
+            })
     }
 }
 
@@ -48,9 +53,9 @@ impl FromStr for Endpoint {
         })?;
         let (host, port) = match rest.strip_prefix('[') {
             Some(bracketed) => {
-                let (host, after) = bracketed
-                    .split_once(']')
-                    .ok_or_else(|| format!("{text:?} opens a bracket and never closes it: write tcp://[ADDRESS]:PORT"))?;
+                let (host, after) = bracketed.split_once(']').ok_or_else(|| {
+                    format!("{text:?} opens a bracket and never closes it: write tcp://[ADDRESS]:PORT")
+                })?;
                 (host, after.strip_prefix(':'))
             }
             None => match rest.rsplit_once(':') {
@@ -63,7 +68,9 @@ impl FromStr for Endpoint {
         }
         let port = match port {
             None | Some("") => DEFAULT_PORT,
-            Some(port) => port.parse().map_err(|_| format!("{port:?} is not a port: use a number from 0 to 65535"))?,
+            Some(port) => {
+                port.parse().map_err(|_| format!("{port:?} is not a port: use a number from 0 to 65535"))?
+            }
         };
         Ok(Self { host: host.to_owned(), port })
     }

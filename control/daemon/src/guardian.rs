@@ -59,8 +59,13 @@ impl Guardian {
     }
 
     fn tell(&mut self, word: u8) -> Result<(), Failure> {
-        let pipe = self.pipe.as_mut().ok_or_else(|| Failure::Bug("the guardian was dismissed already".into()))?;
-        pipe.write_all(&[word]).map_err(|e| Failure::Unavailable(format!("the guardian process is gone ({e}): the guest is not handed over without it")))
+        let pipe =
+            self.pipe.as_mut().ok_or_else(|| Failure::Bug("the guardian was dismissed already".into()))?;
+        pipe.write_all(&[word]).map_err(|e| {
+            Failure::Unavailable(format!(
+                "the guardian process is gone ({e}): the guest is not handed over without it"
+            ))
+        })
     }
 
     /// Nothing is left to guard.
@@ -121,11 +126,15 @@ pub fn run(spec: &GuestSpec) -> ExitCode {
         }
         Verdict::Rescue => match vmferry_guest::rescue(spec) {
             Ok(()) => {
-                eprintln!("vmferry guardian: the sender of {spec} died before Commit: the guest runs on here");
+                eprintln!(
+                    "vmferry guardian: the sender of {spec} died before Commit: the guest runs on here"
+                );
                 ExitCode::SUCCESS
             }
             Err(error) => {
-                eprintln!("vmferry guardian: the sender of {spec} died and the guest could not be resumed: {error}");
+                eprintln!(
+                    "vmferry guardian: the sender of {spec} died and the guest could not be resumed: {error}"
+                );
                 ExitCode::from(70)
             }
         },

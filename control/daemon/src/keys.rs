@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -35,7 +35,9 @@ const HOST_LIFE_DAYS: i64 = 825;
 /// host's certificates are made, so that every host of a fleet can be issued from one place. Returns the files written.
 pub fn init(dir: &Path, hosts: &[String]) -> Result<Vec<PathBuf>, Failure> {
     if hosts.is_empty() {
-        return Err(Failure::Refused("name at least one host that the certificate is for: --host 192.0.2.7".into()));
+        return Err(Failure::Refused(
+            "name at least one host that the certificate is for: --host 192.0.2.7".into(),
+        ));
     }
     fs::create_dir_all(dir).map_err(|e| cannot_write(dir, &e))?;
     for name in [SERVER_CERT, SERVER_KEY, CLIENT_CERT, CLIENT_KEY] {
@@ -54,14 +56,18 @@ pub fn init(dir: &Path, hosts: &[String]) -> Result<Vec<PathBuf>, Failure> {
         (CLIENT_CERT, CLIENT_KEY, ExtendedKeyUsagePurpose::ClientAuth),
     ] {
         let key = KeyPair::generate().map_err(|e| refused_by_rcgen(&e))?;
-        let cert = host_parameters(hosts, usage)?.signed_by(&key, &issuer).map_err(|e| refused_by_rcgen(&e))?;
+        let cert =
+            host_parameters(hosts, usage)?.signed_by(&key, &issuer).map_err(|e| refused_by_rcgen(&e))?;
         write_new(&dir.join(cert_name), cert.pem().as_bytes(), 0o644, &mut written)?;
         write_new(&dir.join(key_name), key.serialize_pem().as_bytes(), 0o600, &mut written)?;
     }
     Ok(written)
 }
 
-fn certificate_authority(dir: &Path, written: &mut Vec<PathBuf>) -> Result<Issuer<'static, KeyPair>, Failure> {
+fn certificate_authority(
+    dir: &Path,
+    written: &mut Vec<PathBuf>,
+) -> Result<Issuer<'static, KeyPair>, Failure> {
     let (cert_path, key_path) = (dir.join(CA_CERT), dir.join(CA_KEY));
     match (cert_path.exists(), key_path.exists()) {
         (true, true) => {
@@ -78,7 +84,10 @@ fn certificate_authority(dir: &Path, written: &mut Vec<PathBuf>) -> Result<Issue
             )));
         }
         (false, true) => {
-            return Err(Failure::Refused(format!("{} is there without {CA_CERT}: restore it or choose another --dir", key_path.display())));
+            return Err(Failure::Refused(format!(
+                "{} is there without {CA_CERT}: restore it or choose another --dir",
+                key_path.display()
+            )));
         }
     }
     let key = KeyPair::generate().map_err(|e| refused_by_rcgen(&e))?;
@@ -95,7 +104,10 @@ fn certificate_authority(dir: &Path, written: &mut Vec<PathBuf>) -> Result<Issue
 
 fn host_parameters(hosts: &[String], usage: ExtendedKeyUsagePurpose) -> Result<CertificateParams, Failure> {
     let mut parameters = CertificateParams::new(hosts.to_vec()).map_err(|e| {
-        Failure::Refused(format!("--host {} is neither a DNS name nor an address ({e}): give the name that peers connect to", hosts.join(" ")))
+        Failure::Refused(format!(
+            "--host {} is neither a DNS name nor an address ({e}): give the name that peers connect to",
+            hosts.join(" ")
+        ))
     })?;
     parameters.distinguished_name = named(&hosts[0]);
     parameters.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
@@ -119,8 +131,12 @@ fn live_for(parameters: &mut CertificateParams, days: i64) {
 }
 
 fn write_new(path: &Path, bytes: &[u8], mode: u32, written: &mut Vec<PathBuf>) -> Result<(), Failure> {
-    let mut file =
-        OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(|e| cannot_write(path, &e))?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)
+        .map_err(|e| cannot_write(path, &e))?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| cannot_write(path, &e))?;
     written.push(path.to_owned());
     Ok(())
@@ -139,7 +155,12 @@ pub fn server_config(dir: &Path) -> Result<Arc<ServerConfig>, Failure> {
         .map_err(|e| Failure::Bug(format!("TLS 1.3 is not in this build: {e}")))?
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)
-        .map_err(|e| Failure::Refused(format!("{} and {SERVER_KEY} do not belong together: {e}", dir.join(SERVER_CERT).display())))?;
+        .map_err(|e| {
+            Failure::Refused(format!(
+                "{} and {SERVER_KEY} do not belong together: {e}",
+                dir.join(SERVER_CERT).display()
+            ))
+        })?;
     // No resumption: each attempt has its own handshake, and so its own exporter secret and lane keys.
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
@@ -154,7 +175,12 @@ pub fn client_config(dir: &Path) -> Result<Arc<ClientConfig>, Failure> {
         .map_err(|e| Failure::Bug(format!("TLS 1.3 is not in this build: {e}")))?
         .with_root_certificates(roots(dir)?)
         .with_client_auth_cert(chain, key)
-        .map_err(|e| Failure::Refused(format!("{} and {CLIENT_KEY} do not belong together: {e}", dir.join(CLIENT_CERT).display())))?;
+        .map_err(|e| {
+            Failure::Refused(format!(
+                "{} and {CLIENT_KEY} do not belong together: {e}",
+                dir.join(CLIENT_CERT).display()
+            ))
+        })?;
     config.resumption = rustls::client::Resumption::disabled();
     Ok(Arc::new(config))
 }
@@ -164,7 +190,9 @@ fn roots(dir: &Path) -> Result<RootCertStore, Failure> {
     let mut store = RootCertStore::empty();
     for cert in CertificateDer::pem_file_iter(&path).map_err(|e| no_key_file(&path, &e))? {
         let cert = cert.map_err(|e| no_key_file(&path, &e))?;
-        store.add(cert).map_err(|e| Failure::Refused(format!("{} is not a CA certificate: {e}", path.display())))?;
+        store
+            .add(cert)
+            .map_err(|e| Failure::Refused(format!("{} is not a CA certificate: {e}", path.display())))?;
     }
     Ok(store)
 }
@@ -189,7 +217,10 @@ fn no_key_file(path: &Path, error: &rustls::pki_types::pem::Error) -> Failure {
 }
 
 fn cannot_write(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::Permission(format!("cannot write {}: {error}; choose a --dir that you may write", path.display()))
+    Failure::Permission(format!(
+        "cannot write {}: {error}; choose a --dir that you may write",
+        path.display()
+    ))
 }
 
 fn cannot_read(path: &Path, error: &std::io::Error) -> Failure {
@@ -197,7 +228,10 @@ fn cannot_read(path: &Path, error: &std::io::Error) -> Failure {
 }
 
 fn not_pem(path: &Path, error: &rcgen::Error) -> Failure {
-    Failure::Refused(format!("{} is damaged ({error}): restore it, or start over in another --dir", path.display()))
+    Failure::Refused(format!(
+        "{} is damaged ({error}): restore it, or start over in another --dir",
+        path.display()
+    ))
 }
 
 fn refused_by_rcgen(error: &rcgen::Error) -> Failure {

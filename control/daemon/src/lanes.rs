@@ -63,14 +63,26 @@ pub fn lane_count(asked: LaneCount, cpus: &[usize]) -> u16 {
 }
 
 /// One lane's link, keys and CPU.
-pub fn lane_end(channel: &ControlChannel, attempt: &AttemptId, lane: u16, stream: TcpStream, cpus: &[usize]) -> Result<LaneEnd, Failure> {
+pub fn lane_end(
+    channel: &ControlChannel,
+    attempt: &AttemptId,
+    lane: u16,
+    stream: TcpStream,
+    cpus: &[usize],
+) -> Result<LaneEnd, Failure> {
     let link = TcpLink::new(stream);
     let cpu = (!cpus.is_empty()).then(|| cpus[usize::from(lane) % cpus.len()]);
     Ok(LaneEnd { link: Box::new(link), keys: channel.lane_keys(attempt, lane)?, cpu })
 }
 
 /// Dials every lane of `attempt` and says hello on each.
-pub fn open(channel: &ControlChannel, endpoint: &Endpoint, attempt: &AttemptId, lanes: u16, cpus: &[usize]) -> Result<Vec<LaneEnd>, Failure> {
+pub fn open(
+    channel: &ControlChannel,
+    endpoint: &Endpoint,
+    attempt: &AttemptId,
+    lanes: u16,
+    cpus: &[usize],
+) -> Result<Vec<LaneEnd>, Failure> {
     let address = endpoint.resolve()?;
     (0..lanes)
         .map(|lane| {
@@ -79,7 +91,9 @@ pub fn open(channel: &ControlChannel, endpoint: &Endpoint, attempt: &AttemptId, 
             std::io::Write::write_all(&mut stream, &hello.to_bytes())
                 .and_then(|()| stream.set_read_timeout(None))
                 .and_then(|()| stream.set_write_timeout(None))
-                .map_err(|e| Failure::Unavailable(format!("lane {lane} to {endpoint} was lost at once: {e}")))?;
+                .map_err(|e| {
+                    Failure::Unavailable(format!("lane {lane} to {endpoint} was lost at once: {e}"))
+                })?;
             lane_end(channel, attempt, lane, stream, cpus)
         })
         .collect()

@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         Verb::Doctor(args) => doctor_verb(args.json),
         Verb::Workload(args) => match vmferry_guest::process::run(&args) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => refuse(&blame::refused_guest(error)),
+            Err(error) => refuse(&blame::refused_guest(&error)),
         },
         Verb::ExitCodes => {
             EXIT_CODES.iter().for_each(|(code, meaning)| println!("{code:>4}  {meaning}"));

@@ -90,28 +90,34 @@ impl<M: Machine> Pilot<M> {
 
     /// The next action, waiting for events until there is one; every `every` it calls `look` for an event that nobody
     /// posts. `None` when nothing can happen any more.
-    pub fn next_action(&mut self, every: Duration, look: &mut dyn FnMut() -> Option<M::Event>) -> Option<M::Action> {
+    pub fn next_action(
+        &mut self,
+        every: Duration,
+        look: &mut dyn FnMut() -> Option<M::Event>,
+    ) -> Option<M::Action> {
         loop {
-            if let Some(action) = self.actions.pop_front() {
-                if !M::interrupts(&action) {
-                    return Some(action);
-                }
+            match self.actions.pop_front() {
                 // It concerns work that was in flight when it was asked for; that work has returned by now.
-                self.interrupted = false;
-                continue;
-            }
-            let due = self.machine.deadline().map(|deadline| deadline.saturating_sub(self.now()));
-            match self.mailbox.recv_timeout(due.unwrap_or(every).min(every)) {
-                Ok(event) => self.feed(event),
-                Err(RecvTimeoutError::Timeout) if due.is_some_and(|due| due <= every) => self.feed(M::tick()),
-                Err(RecvTimeoutError::Timeout) => {
-                    if let Some(event) = look() {
-                        self.feed(event);
-                    }
-                }
-                Err(RecvTimeoutError::Disconnected) => return None,
+                Some(action) if M::interrupts(&action) => self.interrupted = false,
+                Some(action) => return Some(action),
+                None => self.wait(every, look)?,
             }
         }
+    }
+
+    /// Waits for one event, the deadline, or one look.
+    fn wait(&mut self, every: Duration, look: &mut dyn FnMut() -> Option<M::Event>) -> Option<()> {
+        let due = self.machine.deadline().map(|deadline| deadline.saturating_sub(self.now()));
+        let event = match self.mailbox.recv_timeout(due.unwrap_or(every).min(every)) {
+            Ok(event) => Some(event),
+            Err(RecvTimeoutError::Timeout) if due.is_some_and(|due| due <= every) => Some(M::tick()),
+            Err(RecvTimeoutError::Timeout) => look(),
+            Err(RecvTimeoutError::Disconnected) => return None,
+        };
+        if let Some(event) = event {
+            self.feed(event);
+        }
+        Some(())
     }
 
     /// Takes the next action if it is `wanted`, to run it beside the one just taken.

@@ -29,9 +29,9 @@ pub struct Glance {
 
 impl Glance {
     fn to_line(&self) -> String {
-        let predicted = self
-            .predicted_ms
-            .map_or_else(String::new, |(low, middle, high)| format!(", blackout {middle:.0} ms ({low:.0} to {high:.0})"));
+        let predicted = self.predicted_ms.map_or_else(String::new, |(low, middle, high)| {
+            format!(", blackout {middle:.0} ms ({low:.0} to {high:.0})")
+        });
         format!(
             "round {}, sent {}, remaining {}, {}/s, dirtied {}/s{predicted}",
             self.round,

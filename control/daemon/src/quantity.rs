@@ -15,7 +15,11 @@ impl FromStr for Bandwidth {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wrong = || format!("{text:?} is not a rate: write 10Gbit, 500MB, 2GiB (a second), or a plain number of MiB/s");
+        let wrong = || {
+            format!(
+                "{text:?} is not a rate: write 10Gbit, 500MB, 2GiB (a second), or a plain number of MiB/s"
+            )
+        };
         let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
         let (number, unit) = text.split_at(split);
         let number: f64 = number.parse().map_err(|_| wrong())?;
@@ -36,7 +40,11 @@ impl FromStr for Bandwidth {
         if !(1.0..1e15).contains(&bytes_per_s) {
             return Err(wrong());
         }
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to lie in 1..1e15")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "checked to lie in 1..1e15"
+        )]
         let bytes_per_s = bytes_per_s as u64;
         Ok(Self { bytes_per_s })
     }

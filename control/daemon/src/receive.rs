@@ -17,8 +17,9 @@ use vmferry_datapath::limits::LANES_MAX;
 use vmferry_datapath::{GuestRam, LaneTotals, Meter, Receiver};
 use vmferry_guest::{TargetGuest, open_target};
 use vmferry_session::{
-    Agreement, CipherSuite, CompressionMode, FinalTotals, Limits, Message, RunFailure, RunLicence, SessionError,
-    TargetAction, TargetEvent, TargetOutcome, TargetSession, TargetTerms, TargetWork, VERSION, VacantToken,
+    Agreement, CipherSuite, CompressionMode, FinalTotals, Limits, Message, RunFailure, RunLicence,
+    SessionError, TargetAction, TargetEvent, TargetOutcome, TargetSession, TargetTerms, TargetWork, VERSION,
+    VacantToken,
 };
 
 use crate::blame;
@@ -94,7 +95,7 @@ struct Reception<'a> {
 
 impl<'a> Reception<'a> {
     fn begin(args: &'a ReceiveArgs) -> Result<Self, Failure> {
-        let guest = open_target(&args.guest).map_err(blame::refused_guest)?;
+        let guest = open_target(&args.guest).map_err(|e| blame::refused_guest(&e))?;
         let security = match &args.security.tls_dir {
             Some(dir) => Security::Tls(keys::server_config(dir)?),
             None => Security::InsecurePlaintext,
@@ -102,7 +103,11 @@ impl<'a> Reception<'a> {
         let cpus = lanes::lane_cpus(args.cpus.as_ref(), PinFrom::High)?;
         let ram = guest.ram();
         let limits = Limits::for_move(None, ram.layout().total_bytes().0, true);
-        let ciphers = vec![if args.security.insecure_plaintext { CipherSuite::Plaintext } else { CipherSuite::Aes256Gcm }];
+        let ciphers = vec![if args.security.insecure_plaintext {
+            CipherSuite::Plaintext
+        } else {
+            CipherSuite::Aes256Gcm
+        }];
         let terms = TargetTerms {
             versions: vec![VERSION],
             ciphers,
@@ -167,15 +172,12 @@ impl<'a> Reception<'a> {
 
     /// Ends the wait at `--timeout` while nobody has come.
     fn watch_clock(&self) {
-        if let Some(limit) = self.args.timeout {
-            let (post, line) = (self.pilot.post(), self.line.clone());
-            std::thread::spawn(move || {
-                std::thread::sleep(limit);
-                if line.channel().is_none() {
-                    let _ = post.send(TargetEvent::Cancel);
-                }
-            });
-        }
+        let Some(limit) = self.args.timeout else { return };
+        let (post, line) = (self.pilot.post(), self.line.clone());
+        std::thread::spawn(move || {
+            std::thread::sleep(limit);
+            line.channel().is_none().then(|| post.send(TargetEvent::Cancel))
+        });
     }
 
     fn act(&mut self, action: TargetAction) {
@@ -198,7 +200,9 @@ impl<'a> Reception<'a> {
                 self.pilot.feed(event);
             }
             TargetAction::AwaitLanes(totals) => {
-                let event = self.await_lanes(&totals).unwrap_or_else(|e| TargetEvent::WorkFailed(TargetWork::AwaitLanes, e));
+                let event = self
+                    .await_lanes(&totals)
+                    .unwrap_or_else(|e| TargetEvent::WorkFailed(TargetWork::AwaitLanes, e));
                 self.pilot.feed(event);
             }
             TargetAction::LoadState(token) => self.load_state(token),
@@ -226,15 +230,18 @@ impl<'a> Reception<'a> {
 
     fn accept_lanes(&mut self, agreement: &Agreement) -> Result<(), SessionError> {
         let streams = self.gather(agreement)?;
-        let channel = self.line.channel().ok_or_else(|| SessionError::LinkLost("the control connection was lost".into()))?;
+        let channel = self
+            .line
+            .channel()
+            .ok_or_else(|| SessionError::LinkLost("the control connection was lost".into()))?;
         let ends = streams
             .into_iter()
             .zip(0u16..)
             .map(|(stream, lane)| lanes::lane_end(&channel, &agreement.attempt, lane, stream, &self.cpus))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|failure| SessionError::HostRefused(failure.to_string()))?;
-        let (receiver, stream) =
-            Receiver::start(Arc::clone(&self.ram), ends, cipher(agreement.cipher)).map_err(|e| blame::lane_error(&e))?;
+        let (receiver, stream) = Receiver::start(Arc::clone(&self.ram), ends, cipher(agreement.cipher))
+            .map_err(|e| blame::lane_error(&e))?;
         self.spool = Some(Spool::start(stream).map_err(|e| SessionError::HostRefused(e.to_string()))?);
         self.receiver = Some(receiver);
         Ok(())
@@ -268,16 +275,25 @@ impl<'a> Reception<'a> {
 
     fn await_lanes(&mut self, totals: &FinalTotals) -> Result<TargetEvent, SessionError> {
         let began = clock();
-        let receiver = self.receiver.as_mut().ok_or_else(|| SessionError::Bug("Final before the lanes were open".into()))?;
-        let tallies: Vec<LaneTotals> =
-            totals.lanes.iter().map(|t| LaneTotals { lane: t.lane, records: t.records, bytes: t.bytes }).collect();
+        let receiver = self
+            .receiver
+            .as_mut()
+            .ok_or_else(|| SessionError::Bug("Final before the lanes were open".into()))?;
+        let tallies: Vec<LaneTotals> = totals
+            .lanes
+            .iter()
+            .map(|t| LaneTotals { lane: t.lane, records: t.records, bytes: t.bytes })
+            .collect();
         let pilot = &mut self.pilot;
-        let complete = receiver.wait_complete(&tallies, &mut || pilot.pump()).map_err(|e| blame::lane_error(&e))?;
+        let complete =
+            receiver.wait_complete(&tallies, &mut || pilot.pump()).map_err(|e| blame::lane_error(&e))?;
         if !complete {
             return Err(SessionError::Cancelled);
         }
         let spool = self.spool.take().ok_or_else(|| SessionError::Bug("no state was spooled".into()))?;
-        let state = spool.finish().map_err(|e| SessionError::LinkLost(format!("the device state did not arrive: {e}")))?;
+        let state = spool
+            .finish()
+            .map_err(|e| SessionError::LinkLost(format!("the device state did not arrive: {e}")))?;
         let state_bytes = state.1;
         self.state = Some(state);
         let complete_us = micros(began.elapsed());
@@ -293,7 +309,10 @@ impl<'a> Reception<'a> {
 
     fn digest(&self) -> Result<String, SessionError> {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        self.ram.digest(cpus).map(|digest| digest.to_string()).map_err(|e| SessionError::HostRefused(e.to_string()))
+        self.ram
+            .digest(cpus)
+            .map(|digest| digest.to_string())
+            .map_err(|e| SessionError::HostRefused(e.to_string()))
     }
 
     fn load_state(&mut self, token: VacantToken) {
@@ -332,9 +351,15 @@ impl<'a> Reception<'a> {
     fn fill(&mut self, report: &mut MoveReport) {
         self.close_lanes();
         let session = self.pilot.machine();
-        report.phases = session.phases().into_iter().map(|span| PhaseReport { name: span.name, ms: span.ms }).collect();
+        report.phases =
+            session.phases().into_iter().map(|span| PhaseReport { name: span.name, ms: span.ms }).collect();
         // The wait for a source is no part of the move.
-        report.total_ms = report.phases.iter().filter(|p| p.name != "listen" && p.name != "ran" && p.name != "refused").map(|p| p.ms).sum();
+        report.total_ms = report
+            .phases
+            .iter()
+            .filter(|p| p.name != "listen" && p.name != "ran" && p.name != "refused")
+            .map(|p| p.ms)
+            .sum();
         report.ram.total_bytes = self.ram.layout().total_bytes().0;
         report.device_state_bytes = self.state.as_ref().map_or(0, |(_, len)| *len);
         report.cipher = self.agreement.map_or_else(String::new, |agreed| cipher(agreed.cipher).to_string());
@@ -344,7 +369,12 @@ impl<'a> Reception<'a> {
         report.turned_away = Some(self.door.turned_away());
         report.notes.extend(self.guest.description().notes.iter().cloned());
         if let Some(meter) = &self.meter {
-            let receiving: f64 = report.phases.iter().filter(|p| p.name == "receive" || p.name == "complete").map(|p| p.ms).sum();
+            let receiving: f64 = report
+                .phases
+                .iter()
+                .filter(|p| p.name == "receive" || p.name == "complete")
+                .map(|p| p.ms)
+                .sum();
             crate::send::fill_lanes(report, meter, receiving);
         }
     }
@@ -355,7 +385,9 @@ impl<'a> Reception<'a> {
             Some(TargetOutcome::NeverRan { cause: SessionError::Cancelled }) if interrupted => {
                 Err(Failure::Interrupted("interrupted; the guest never ran here".into()))
             }
-            Some(TargetOutcome::NeverRan { cause: SessionError::Cancelled }) if self.line.channel().is_none() => {
+            Some(TargetOutcome::NeverRan { cause: SessionError::Cancelled })
+                if self.line.channel().is_none() =>
+            {
                 Err(Failure::Cancelled("no source came within --timeout; the guest never ran here".into()))
             }
             Some(TargetOutcome::NeverRan { cause }) => Err(blame::ended(&cause, "the guest never ran here")),

@@ -124,12 +124,28 @@ impl MoveReport {
             human(self.ram.wire_bytes),
             self.ram.zero_pages
         ));
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate for a person, never negative")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a rate for a person, never negative"
+        )]
         let rate = self.throughput_bytes_per_s as u64;
-        lines.push(format!("rate        {}/s over {} lanes, {:.2} CPU seconds", human(rate), self.lanes.len(), self.cpu_seconds));
-        lines.push(format!("state       {} of device state, cipher {}", human(self.device_state_bytes), self.cipher));
+        lines.push(format!(
+            "rate        {}/s over {} lanes, {:.2} CPU seconds",
+            human(rate),
+            self.lanes.len(),
+            self.cpu_seconds
+        ));
+        lines.push(format!(
+            "state       {} of device state, cipher {}",
+            human(self.device_state_bytes),
+            self.cipher
+        ));
         if let Some(verified) = self.verified {
-            lines.push(format!("verified    {}", if verified { "every page equal on both sides" } else { "PAGES DIFFER" }));
+            lines.push(format!(
+                "verified    {}",
+                if verified { "every page equal on both sides" } else { "PAGES DIFFER" }
+            ));
         }
         let phases: Vec<String> = self.phases.iter().map(|p| format!("{} {:.1}", p.name, p.ms)).collect();
         lines.push(format!("phases      {} (ms)", phases.join(", ")));

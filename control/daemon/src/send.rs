@@ -12,20 +12,21 @@ mod hands;
 mod history;
 mod io_horizon;
 mod narrator;
+mod terms;
 
 use std::time::{Duration, Instant};
 
-use vmferry_datapath::{ByteLen, Cipher, Compression, SendPlan, Sender, fastest_provider};
-use vmferry_guest::{Description, open_source};
+use vmferry_datapath::{Compression, SendPlan, Sender};
+use vmferry_guest::open_source;
 use vmferry_session::{
-    Agreement, AttemptId, CipherSuite, CompressionMode, ConvergePlan, FinalTotals, GuestFacts, LaneTally, LastReport, Limits,
-    Message, Offer, OnNoConverge, PausedToken, Predictor, Priors, RoundReport, RunningToken, SaveOrder, SealedToken, SessionError,
-    SourceAction, SourceEvent, SourceOutcome, SourcePlan, SourceSession, VERSION, Work,
+    Agreement, AttemptId, CompressionMode, FinalTotals, LaneTally, LastReport, Message, PausedToken,
+    RoundReport, RunningToken, SealedToken, SessionError, SourceAction, SourceEvent, SourceOutcome,
+    SourceSession, Work,
 };
 
 use crate::blame;
 use crate::channel::{ChannelEvent, ControlChannel, Security};
-use crate::cli::{Compress, NoConverge, SendArgs};
+use crate::cli::SendArgs;
 use crate::failure::Failure;
 use crate::guardian::Guardian;
 use crate::hold::Hold;
@@ -37,8 +38,10 @@ use crate::report::MoveReport;
 use hands::{SourceHands, Stopped};
 use history::HistoryFile;
 use narrator::Narrator;
+use terms::{new_attempt, offer, plan};
 
 pub(crate) use narrator::fill_lanes;
+pub use terms::{cipher, facts};
 
 /// zstd's level for `--compress`: the fastest that still halves text and zero-rich pages.
 const ZSTD_LEVEL: i32 = -1;
@@ -117,7 +120,7 @@ impl<'a> Move<'a> {
     /// Everything that can be refused before the guest is touched.
     fn begin(args: &'a SendArgs) -> Result<Self, Failure> {
         let began = clock();
-        let guest = open_source(&args.guest).map_err(blame::refused_guest)?;
+        let guest = open_source(&args.guest).map_err(|e| blame::refused_guest(&e))?;
         let security = match &args.security.tls_dir {
             Some(dir) => Security::Tls(keys::client_config(dir)?),
             None => Security::InsecurePlaintext,
@@ -185,7 +188,9 @@ impl<'a> Move<'a> {
             };
             post.send(Input::Event(event)).is_ok()
         };
-        self.channel.start_reader(sink).map_err(|e| Failure::Bug(format!("no thread for the control channel: {e}")))
+        self.channel
+            .start_reader(sink)
+            .map_err(|e| Failure::Bug(format!("no thread for the control channel: {e}")))
     }
 
     fn act(&mut self, action: SourceAction) {
@@ -258,7 +263,8 @@ impl<'a> Move<'a> {
                     keep_hashes: self.hands.keeps_hashes(),
                     rate_limit: self.args.bandwidth.map(|b| b.bytes_per_s),
                 };
-                Sender::start(std::sync::Arc::clone(self.hands.ram()), ends, plan).map_err(|e| blame::lane_error(&e))
+                Sender::start(std::sync::Arc::clone(self.hands.ram()), ends, plan)
+                    .map_err(|e| blame::lane_error(&e))
             });
         let event = match opened {
             Ok(sender) => {
@@ -324,7 +330,8 @@ impl<'a> Move<'a> {
         let (hands, pilot) = (&mut self.hands, &mut self.pilot);
         let totals = hands.finish_lanes(now, &mut || pilot.pump())?;
         let digest = if self.args.verify { Some(self.hands.digest()?) } else { None };
-        let lanes = totals.iter().map(|t| LaneTally { lane: t.lane, records: t.records, bytes: t.bytes }).collect();
+        let lanes =
+            totals.iter().map(|t| LaneTally { lane: t.lane, records: t.records, bytes: t.bytes }).collect();
         Ok(FinalTotals { lanes, state_bytes: self.state_bytes, digest })
     }
 
@@ -335,7 +342,9 @@ impl<'a> Move<'a> {
         };
         let event = match recorded {
             Ok(()) => SourceEvent::SealRecorded,
-            Err(failure) => SourceEvent::WorkFailed(Work::RecordSeal, SessionError::HostRefused(failure.to_string())),
+            Err(failure) => {
+                SourceEvent::WorkFailed(Work::RecordSeal, SessionError::HostRefused(failure.to_string()))
+            }
         };
         self.feed(event);
     }
@@ -350,7 +359,9 @@ impl<'a> Move<'a> {
         });
         let event = match asked {
             Ok(()) => SourceEvent::Reconnected,
-            Err(failure) => SourceEvent::WorkFailed(Work::Reconnect, SessionError::LinkLost(failure.to_string())),
+            Err(failure) => {
+                SourceEvent::WorkFailed(Work::Reconnect, SessionError::LinkLost(failure.to_string()))
+            }
         };
         self.feed(event);
     }
@@ -398,14 +409,16 @@ impl<'a> Move<'a> {
         let guardian = self.guardian.take();
         match self.outcome.take() {
             Some(SourceOutcome::Moved { left_behind }) => {
-                guardian.map(Guardian::dismiss);
+                dismiss(guardian);
                 if let Some(error) = left_behind {
-                    eprintln!("vmferry: the guest runs on the target, but the source's VMM could not be ended ({error}): end it, never resume it");
+                    eprintln!(
+                        "vmferry: the guest runs on the target, but the source's VMM could not be ended ({error}): end it, never resume it"
+                    );
                 }
                 Ok(())
             }
             Some(SourceOutcome::RunsHere { cause }) => {
-                guardian.map(Guardian::dismiss);
+                dismiss(guardian);
                 if interrupted && cause == SessionError::Cancelled {
                     return Err(Failure::Interrupted("interrupted; the guest runs on here".into()));
                 }
@@ -414,10 +427,15 @@ impl<'a> Move<'a> {
             Some(SourceOutcome::PausedHere { cause, refusal }) => {
                 // Dropping the guardian without a word makes it try once more.
                 drop(guardian);
-                Err(blame::ended(&cause, &format!("the guest is whole but could not be resumed ({refusal}): resume it here by hand")))
+                Err(blame::ended(
+                    &cause,
+                    &format!(
+                        "the guest is whole but could not be resumed ({refusal}): resume it here by hand"
+                    ),
+                ))
             }
             Some(SourceOutcome::InDoubt { last }) => {
-                guardian.map(Guardian::dismiss);
+                dismiss(guardian);
                 Err(Failure::InDoubt(format!(
                     "Commit was sent and the target did not answer ({last}): the guest stays paused here; look at the target, and resume it here only if it does not run there"
                 )))
@@ -427,76 +445,18 @@ impl<'a> Move<'a> {
     }
 }
 
+fn dismiss(guardian: Option<Guardian>) {
+    if let Some(guardian) = guardian {
+        guardian.dismiss();
+    }
+}
+
 fn session_error(stopped: Stopped) -> SessionError {
     match stopped {
         Stopped::Interrupted => SessionError::Cancelled,
         Stopped::Lane(error) => blame::lane_error(&error),
         Stopped::Guest(error) => blame::guest_error(&error),
         Stopped::Tracker(text) => SessionError::HostRefused(text),
-    }
-}
-
-fn offer(args: &SendArgs, attempt: AttemptId, lanes: u16, guest: &Description) -> Offer {
-    let cipher = if args.security.insecure_plaintext { CipherSuite::Plaintext } else { CipherSuite::Aes256Gcm };
-    let compressions = match compression_pays(args) {
-        true => vec![CompressionMode::Zstd, CompressionMode::Off],
-        false => vec![CompressionMode::Off],
-    };
-    Offer { attempt, versions: vec![VERSION], ciphers: vec![cipher], compressions, lanes, verify: args.verify, guest: facts(guest) }
-}
-
-/// The guest's description in the session's words.
-#[must_use]
-pub fn facts(guest: &Description) -> GuestFacts {
-    GuestFacts { kind: guest.kind.clone(), name: guest.name.clone(), facts: guest.facts.clone(), layout: guest.layout.clone() }
-}
-
-/// `--compress auto` compresses where the operator's `--bandwidth` is below what zstd makes of a core; a link without
-/// a cap is taken for faster than that.
-fn compression_pays(args: &SendArgs) -> bool {
-    /// Bytes a second that zstd at [`ZSTD_LEVEL`] takes in on one core, on the slow side.
-    const ZSTD_BYTES_PER_S: u64 = 400_000_000;
-    match args.compress {
-        Compress::Off => false,
-        Compress::Zstd => true,
-        Compress::Auto => args.bandwidth.is_some_and(|b| b.bytes_per_s < ZSTD_BYTES_PER_S),
-    }
-}
-
-/// The cipher of an agreement, with this CPU's faster provider.
-#[must_use]
-pub fn cipher(suite: CipherSuite) -> Cipher {
-    match suite {
-        CipherSuite::Plaintext => Cipher::Plain,
-        CipherSuite::Aes256Gcm | CipherSuite::Other => Cipher::Aes256Gcm(fastest_provider().0),
-    }
-}
-
-fn plan(args: &SendArgs, offer: Offer, hands: &SourceHands, history: &HistoryFile) -> SourcePlan {
-    let ram_bytes = hands.ram().layout().total_bytes().0;
-    let on_no_converge = match args.on_no_converge {
-        NoConverge::Abort => OnNoConverge::Abort,
-        NoConverge::Throttle => OnNoConverge::Throttle,
-        NoConverge::Force => OnNoConverge::Force,
-    };
-    let priors = if offer.guest.kind == "process" { Priors::PROCESS } else { Priors::QEMU };
-    let priors = Priors { save_order: SaveOrder::BesidePages, ..priors };
-    let predictor = Predictor::new(priors, history.past());
-    let predictor = if args.verify { predictor.with_verify(ByteLen(ram_bytes)) } else { predictor };
-    SourcePlan {
-        offer,
-        limits: Limits::for_move(Some(args.timeout), ram_bytes, args.verify),
-        converge: ConvergePlan { downtime_limit: args.downtime_limit, on_no_converge },
-        predictor,
-    }
-}
-
-fn new_attempt() -> Result<AttemptId, Failure> {
-    let mut bytes = [0u8; 16];
-    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    match filled {
-        Ok(16) => Ok(AttemptId::from_bytes(bytes)),
-        Ok(_) | Err(_) => Err(Failure::Bug("the kernel gave no random bytes".into())),
     }
 }
 

@@ -79,17 +79,24 @@ impl Stage for ProcessStage {
     fn move_once(&mut self, pki: &Path) -> Result<Moved, Failure> {
         self.moves += 1;
         let there = Workload::start(self.ram, self.moves, true)?;
-        let moved = move_guest(pki, &format!("process:{}", self.here.name), &format!("process:{}", there.name))?;
+        let moved =
+            move_guest(pki, &format!("process:{}", self.here.name), &format!("process:{}", there.name))?;
         self.here = there;
         Ok(moved)
     }
 
     fn verify(&mut self) -> Result<String, Failure> {
-        let mut control = WorkloadControl::connect(&self.here.name).map_err(blame::refused_guest)?;
-        let report = control.verify().map_err(blame::refused_guest)?;
+        let mut control = WorkloadControl::connect(&self.here.name).map_err(|e| blame::refused_guest(&e))?;
+        let report = control.verify().map_err(|e| blame::refused_guest(&e))?;
         if !report.is_clean() {
-            return Err(Failure::Bug(format!("the workload found {} wrong pages of {}: {:?}", report.wrong, report.pages, report.faults)));
+            return Err(Failure::Bug(format!(
+                "the workload found {} wrong pages of {}: {:?}",
+                report.wrong, report.pages, report.faults
+            )));
         }
-        Ok(format!("the workload verified {} pages after {} moves: none stale, torn or lost", report.pages, self.moves))
+        Ok(format!(
+            "the workload verified {} pages after {} moves: none stale, torn or lost",
+            report.pages, self.moves
+        ))
     }
 }

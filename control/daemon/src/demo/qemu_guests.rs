@@ -26,23 +26,27 @@ impl QemuStage {
     /// Boots the guest; half of its memory is the workload's, an eighth is written again and again.
     pub(super) fn start(assets: &Assets, ram: u64) -> Result<Self, Failure> {
         let pages = ram / 2 / PAGE_BYTES as u64;
-        let text = format!("seed=1,pages={pages},set={},pattern=random,rate=20MiB,zero=100", (pages / 4).max(1));
+        let text =
+            format!("seed=1,pages={pages},set={},pattern=random,rate=20MiB,zero=100", (pages / 4).max(1));
         let plan: Plan = text.parse().map_err(|e| Failure::Bug(format!("the demo's plan: {e}")))?;
-        let recipe = QemuGuest::new(assets, ram, plan).map_err(rig)?;
+        let recipe = QemuGuest::new(assets, ram, plan).map_err(|e| rig(&e))?;
         eprintln!("demo: booting a Linux guest under QEMU's software emulation");
-        let here = recipe.boot("demo-0").map_err(rig)?;
+        let here = recipe.boot("demo-0").map_err(|e| rig(&e))?;
         Ok(Self { recipe, here, moves: 0, ram })
     }
 }
 
 impl Stage for QemuStage {
     fn title(&self) -> String {
-        format!("a Linux guest with {} of RAM, writing 20 MiB/s at random, in an unmodified QEMU", human(self.ram))
+        format!(
+            "a Linux guest with {} of RAM, writing 20 MiB/s at random, in an unmodified QEMU",
+            human(self.ram)
+        )
     }
 
     fn move_once(&mut self, pki: &Path) -> Result<Moved, Failure> {
         self.moves += 1;
-        let there = self.recipe.await_incoming(&format!("demo-{}", self.moves)).map_err(rig)?;
+        let there = self.recipe.await_incoming(&format!("demo-{}", self.moves)).map_err(|e| rig(&e))?;
         let spec = |guest: &RunningGuest| format!("qemu:{}", guest.qmp_path().display());
         let since = clock();
         let mut moved = move_guest(pki, &spec(&self.here), &spec(&there))?;
@@ -50,21 +54,28 @@ impl Stage for QemuStage {
             .beats()
             .wait_since(since, BEAT_TIMEOUT)
             .ok_or_else(|| Failure::Unavailable("the guest's heart does not beat on the target".into()))?;
-        moved.gap_ms = guest_gap(self.here.beats(), there.beats(), since).map(|handover| handover.gap().as_secs_f64() * 1e3);
+        moved.gap_ms = guest_gap(self.here.beats(), there.beats(), since)
+            .map(|handover| handover.gap().as_secs_f64() * 1e3);
         self.here = there;
         Ok(moved)
     }
 
     fn verify(&mut self) -> Result<String, Failure> {
-        let report = self.here.console().verify().map_err(rig)?;
+        let report = self.here.console().verify().map_err(|e| rig(&e))?;
         if !report.is_clean() {
-            return Err(Failure::Bug(format!("the guest found {} wrong pages of {}: {:?}", report.wrong, report.pages, report.faults)));
+            return Err(Failure::Bug(format!(
+                "the guest found {} wrong pages of {}: {:?}",
+                report.wrong, report.pages, report.faults
+            )));
         }
-        Ok(format!("the guest verified {} of its pages after {} moves: none stale, torn or lost", report.pages, self.moves))
+        Ok(format!(
+            "the guest verified {} of its pages after {} moves: none stale, torn or lost",
+            report.pages, self.moves
+        ))
     }
 }
 
-fn rig(error: RigError) -> Failure {
+fn rig(error: &RigError) -> Failure {
     Failure::Unavailable(format!("the demo's guest: {error}"))
 }
 

@@ -69,11 +69,16 @@ pub(super) fn move_guest(pki: &Path, source: &str, target: &str) -> Result<Moved
     if !sent.status.success() {
         let _ = receive.0.kill();
         let receive_says = said.join().unwrap_or_default();
-        return Err(Failure::Unavailable(format!("the demo's move failed\nsend: {send_says}\nreceive: {receive_says}")));
+        return Err(Failure::Unavailable(format!(
+            "the demo's move failed\nsend: {send_says}\nreceive: {receive_says}"
+        )));
     }
     let received = receive.0.wait().map_err(cannot)?;
     if !received.success() {
-        return Err(Failure::Unavailable(format!("the demo's receive failed: {}", said.join().unwrap_or_default())));
+        return Err(Failure::Unavailable(format!(
+            "the demo's receive failed: {}",
+            said.join().unwrap_or_default()
+        )));
     }
     moved(&String::from_utf8_lossy(&sent.stdout))
 }

@@ -29,7 +29,8 @@ impl Spool {
 
     /// The whole state, from its first byte; waits for its end, or for the end of its lane.
     pub(super) fn finish(mut self) -> io::Result<(SpooledTempFile, u64)> {
-        let collector = self.collector.take().ok_or_else(|| io::Error::other("the state was taken already"))?;
+        let collector =
+            self.collector.take().ok_or_else(|| io::Error::other("the state was taken already"))?;
         collector.join().unwrap_or_else(|_| Err(io::Error::other("the state collector panicked")))
     }
 }

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender as Post, bounded};
-use vmferry_datapath::{ByteLen, DirtyLog, GuestRam, HotLedger, LaneTotals, Meter, PageCount, PageSet, Sender};
+use vmferry_datapath::{
+    ByteLen, DirtyLog, GuestRam, HotLedger, LaneTotals, Meter, PageCount, PageSet, Sender,
+};
 use vmferry_guest::{GuestError, SourceGuest};
 use vmferry_session::{LastReport, RoundReport};
 
@@ -75,7 +77,19 @@ impl SourceHands {
             ));
         }
         let ledger = HotLedger::with_chunks(chunks);
-        Self { guest, ram, log: None, sender: None, ledger, horizon, scan_max: Duration::ZERO, scanned_at: None, tracker: None, meter: None, notes }
+        Self {
+            guest,
+            ram,
+            log: None,
+            sender: None,
+            ledger,
+            horizon,
+            scan_max: Duration::ZERO,
+            scanned_at: None,
+            tracker: None,
+            meter: None,
+            notes,
+        }
     }
 
     /// Whether lanes must remember a hash of every page.
@@ -128,10 +142,16 @@ impl SourceHands {
     }
 
     /// One round while the guest runs.
-    pub(super) fn copy_round(&mut self, round: u32, now: Duration, go_on: &mut dyn FnMut() -> bool) -> Result<RoundReport, Stopped> {
+    pub(super) fn copy_round(
+        &mut self,
+        round: u32,
+        now: Duration,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<RoundReport, Stopped> {
         let since_last_scan = self.scanned_at.map_or(Duration::ZERO, |at| at.elapsed());
         let (dirty, scan) = self.scan_or_all(now);
-        let mut report = RoundReport { round, since_last_scan, scan, dirty: dirty.count(), ..RoundReport::default() };
+        let mut report =
+            RoundReport { round, since_last_scan, scan, dirty: dirty.count(), ..RoundReport::default() };
         let (send, zero) = if round == 1 { self.everything()? } else { (self.ledger.advance(dirty), None) };
         let (wire_before, zero_before) = self.counted();
         let began = clock();
@@ -185,21 +205,21 @@ impl SourceHands {
         let guest = &mut self.guest;
         let (post, blocks) = bounded(STATE_BLOCKS_MAX);
         let (sent, saved) = std::thread::scope(|scope| {
-            let saver = scope.spawn(move || {
-                let began = clock();
-                let mut writer = StateBlocks { post, block: Vec::with_capacity(STATE_BLOCK_BYTES) };
-                let saved = guest.save_state(&mut writer);
-                saved.and_then(|len| writer.flush().map(|()| (len, began.elapsed())).map_err(GuestError::Relay))
-            });
-            let sent = sender.send(&last, go_on).map_err(Stopped::from).and_then(|whole| {
-                if whole { Ok(began.elapsed()) } else { Err(Stopped::Interrupted) }
-            });
-            let relayed = sent.is_ok().then(|| blocks.iter().try_for_each(|block: Vec<u8>| sender.send_state(&block)));
+            let saver = scope.spawn(move || save(guest.as_mut(), post));
+            let sent = sender
+                .send(&last, go_on)
+                .map_err(Stopped::from)
+                .and_then(|whole| if whole { Ok(began.elapsed()) } else { Err(Stopped::Interrupted) });
+            let relayed =
+                sent.is_ok().then(|| blocks.iter().try_for_each(|block: Vec<u8>| sender.send_state(&block)));
             // With nobody to take its blocks the saver stops with an error, instead of waiting for ever.
             drop(blocks);
-            let saved = saver.join().unwrap_or_else(|_| Err(GuestError::Bug("the state saver panicked".into())));
+            let saved =
+                saver.join().unwrap_or_else(|_| Err(GuestError::Bug("the state saver panicked".into())));
             let saved = match relayed {
-                Some(Ok(())) => saved.map_err(Stopped::from).and_then(|len| sender.end_state().map(|()| len).map_err(Stopped::from)),
+                Some(Ok(())) => saved
+                    .map_err(Stopped::from)
+                    .and_then(|len| sender.end_state().map(|()| len).map_err(Stopped::from)),
                 Some(Err(lane)) => Err(Stopped::Lane(lane)),
                 None => saved.map_err(Stopped::from),
             };
@@ -211,7 +231,11 @@ impl SourceHands {
     }
 
     /// What saving the state wrote, then the end of every lane.
-    pub(super) fn finish_lanes(&mut self, now: Duration, go_on: &mut dyn FnMut() -> bool) -> Result<Vec<LaneTotals>, Stopped> {
+    pub(super) fn finish_lanes(
+        &mut self,
+        now: Duration,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<Vec<LaneTotals>, Stopped> {
         let (dirty, _) = self.scan_exactly(now)?;
         let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
         if !sender.send(&dirty, go_on)? {
@@ -249,7 +273,10 @@ impl SourceHands {
     fn last_pages(&mut self, now: Duration) -> Result<(PageSet, LastReport), Stopped> {
         let writers = self.guest.new_writers()?;
         if !writers.is_empty() {
-            self.notes.push(format!("{} began to write guest memory during the move: its pages travelled in the blackout", writers.join(", ")));
+            self.notes.push(format!(
+                "{} began to write guest memory during the move: its pages travelled in the blackout",
+                writers.join(", ")
+            ));
         }
         let (mut last, scan) = self.scan_exactly(now)?;
         last.union_with(&self.ledger.take_all());
@@ -264,7 +291,8 @@ impl SourceHands {
             suspects.intersect_with(&self.ram.populated().map_err(GuestError::from)?);
             last.union_with(&sender.changed_since_sent(&suspects));
         }
-        let report = LastReport { scan, pages: last.count(), pinned: pinned.count(), ..LastReport::default() };
+        let report =
+            LastReport { scan, pages: last.count(), pinned: pinned.count(), ..LastReport::default() };
         Ok((last, report))
     }
 
@@ -300,6 +328,15 @@ impl SourceHands {
             (meter.wire_bytes, meter.zero_pages)
         })
     }
+}
+
+/// Saves into blocks; how long it took is this thread's to say.
+fn save(guest: &mut dyn SourceGuest, post: Post<Vec<u8>>) -> Result<(ByteLen, Duration), GuestError> {
+    let began = clock();
+    let mut blocks = StateBlocks { post, block: Vec::with_capacity(STATE_BLOCK_BYTES) };
+    let len = guest.save_state(&mut blocks)?;
+    blocks.flush().map_err(GuestError::Relay)?;
+    Ok((len, began.elapsed()))
 }
 
 fn no_lanes() -> Stopped {

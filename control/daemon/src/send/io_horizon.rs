@@ -30,7 +30,11 @@ impl IoHorizon {
     /// Nothing seen yet.
     #[must_use]
     pub(super) fn new(chunks: u64) -> Self {
-        Self { old: PageSet::with_chunks(chunks), young: PageSet::with_chunks(chunks), turned: Duration::ZERO }
+        Self {
+            old: PageSet::with_chunks(chunks),
+            young: PageSet::with_chunks(chunks),
+            turned: Duration::ZERO,
+        }
     }
 
     /// Adds what a scan at `now` found.

@@ -41,13 +41,17 @@ impl Narrator {
 
     /// Before an action. Silent in the blackout, where a slow terminal would be downtime.
     pub(super) fn action(&self, now: Duration, action: &SourceAction) {
-        let text = match action {
-            SourceAction::OpenLanes(agreement) => format!("the target agreed: {} lanes, {:?}", agreement.lanes, agreement.cipher),
-            SourceAction::SetThrottle { percent } if *percent > 0 => format!("the guest is slowed down by {percent} %"),
-            SourceAction::ReconnectAndAsk { attempt: 1 } => "the link was lost after Commit: asking the target whether it runs the guest".into(),
-            _ => return,
-        };
-        self.progress.step(now, &text);
+        if let SourceAction::OpenLanes(agreement) = action {
+            self.progress
+                .step(now, &format!("the target agreed: {} lanes, {:?}", agreement.lanes, agreement.cipher));
+        }
+        if let SourceAction::SetThrottle { percent: percent @ 1.. } = action {
+            self.progress.step(now, &format!("the guest is slowed down by {percent} %"));
+        }
+        if let SourceAction::ReconnectAndAsk { attempt: 1 } = action {
+            self.progress
+                .step(now, "the link was lost after Commit: asking the target whether it runs the guest");
+        }
     }
 
     pub(super) fn finish(&self) {
@@ -57,12 +61,22 @@ impl Narrator {
     pub(super) fn fill(&self, report: &mut MoveReport, session: &SourceSession, meter: Option<Meter>) {
         let progress = session.progress();
         report.ram.rounds = progress.round + u32::from(session.blackout().is_some());
-        report.predicted_blackout_ms = session.forecast().map(|f| PredictedMs { p05: f.total.p05_ms, p50: f.total.p50_ms, p95: f.total.p95_ms });
-        report.phases = session.phases().into_iter().map(|span| PhaseReport { name: span.name, ms: span.ms }).collect();
+        report.predicted_blackout_ms = session.forecast().map(|f| PredictedMs {
+            p05: f.total.p05_ms,
+            p50: f.total.p50_ms,
+            p95: f.total.p95_ms,
+        });
+        report.phases =
+            session.phases().into_iter().map(|span| PhaseReport { name: span.name, ms: span.ms }).collect();
         report.cpu_seconds = cpu_seconds();
         report.own_memory_peak_bytes = self.memory_peak.max(own_memory_bytes());
         if let Some(meter) = meter {
-            let copying: f64 = report.phases.iter().filter(|p| p.name == "copy" || p.name == "last-round").map(|p| p.ms).sum();
+            let copying: f64 = report
+                .phases
+                .iter()
+                .filter(|p| p.name == "copy" || p.name == "last-round")
+                .map(|p| p.ms)
+                .sum();
             fill_lanes(report, &meter, copying);
         }
     }
@@ -81,12 +95,20 @@ pub(crate) fn fill_lanes(report: &mut MoveReport, meter: &Meter, copying_ms: f64
     report.lanes = meter
         .lanes
         .iter()
-        .map(|lane| LaneReport { cpu: lane.cpu, bytes: lane.wire_bytes, busy_ratio: busy(lane.busy_ns, lane.elapsed_ns) })
+        .map(|lane| LaneReport {
+            cpu: lane.cpu,
+            bytes: lane.wire_bytes,
+            busy_ratio: busy(lane.busy_ns, lane.elapsed_ns),
+        })
         .collect();
 }
 
 fn glance(session: &SessionProgress) -> Glance {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "rates for a person, never negative")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "rates for a person, never negative"
+    )]
     let whole = |rate: f64| rate.max(0.0) as u64;
     Glance {
         round: session.round,

@@ -1,0 +1,91 @@
+//! What a move is begun with: the offer to the target, and the plan for the session.
+
+use vmferry_datapath::{ByteLen, Cipher, fastest_provider};
+use vmferry_guest::Description;
+use vmferry_session::{
+    AttemptId, CipherSuite, CompressionMode, ConvergePlan, GuestFacts, Limits, Offer, OnNoConverge,
+    Predictor, Priors, SaveOrder, SourcePlan, VERSION,
+};
+
+use super::hands::SourceHands;
+use super::history::HistoryFile;
+use crate::cli::{Compress, NoConverge, SendArgs};
+use crate::failure::Failure;
+
+pub(super) fn offer(args: &SendArgs, attempt: AttemptId, lanes: u16, guest: &Description) -> Offer {
+    let cipher =
+        if args.security.insecure_plaintext { CipherSuite::Plaintext } else { CipherSuite::Aes256Gcm };
+    let compressions = match compression_pays(args) {
+        true => vec![CompressionMode::Zstd, CompressionMode::Off],
+        false => vec![CompressionMode::Off],
+    };
+    Offer {
+        attempt,
+        versions: vec![VERSION],
+        ciphers: vec![cipher],
+        compressions,
+        lanes,
+        verify: args.verify,
+        guest: facts(guest),
+    }
+}
+
+/// The guest's description in the session's words.
+#[must_use]
+pub fn facts(guest: &Description) -> GuestFacts {
+    GuestFacts {
+        kind: guest.kind.clone(),
+        name: guest.name.clone(),
+        facts: guest.facts.clone(),
+        layout: guest.layout.clone(),
+    }
+}
+
+/// `--compress auto` compresses where the operator's `--bandwidth` is below what zstd makes of a core; a link without
+/// a cap is taken for faster than that.
+fn compression_pays(args: &SendArgs) -> bool {
+    /// Bytes a second that zstd at [`ZSTD_LEVEL`] takes in on one core, on the slow side.
+    const ZSTD_BYTES_PER_S: u64 = 400_000_000;
+    match args.compress {
+        Compress::Off => false,
+        Compress::Zstd => true,
+        Compress::Auto => args.bandwidth.is_some_and(|b| b.bytes_per_s < ZSTD_BYTES_PER_S),
+    }
+}
+
+/// The cipher of an agreement, with this CPU's faster provider.
+#[must_use]
+pub fn cipher(suite: CipherSuite) -> Cipher {
+    match suite {
+        CipherSuite::Plaintext => Cipher::Plain,
+        CipherSuite::Aes256Gcm | CipherSuite::Other => Cipher::Aes256Gcm(fastest_provider().0),
+    }
+}
+
+pub(super) fn plan(args: &SendArgs, offer: Offer, hands: &SourceHands, history: &HistoryFile) -> SourcePlan {
+    let ram_bytes = hands.ram().layout().total_bytes().0;
+    let on_no_converge = match args.on_no_converge {
+        NoConverge::Abort => OnNoConverge::Abort,
+        NoConverge::Throttle => OnNoConverge::Throttle,
+        NoConverge::Force => OnNoConverge::Force,
+    };
+    let priors = if offer.guest.kind == "process" { Priors::PROCESS } else { Priors::QEMU };
+    let priors = Priors { save_order: SaveOrder::BesidePages, ..priors };
+    let predictor = Predictor::new(priors, history.past());
+    let predictor = if args.verify { predictor.with_verify(ByteLen(ram_bytes)) } else { predictor };
+    SourcePlan {
+        offer,
+        limits: Limits::for_move(Some(args.timeout), ram_bytes, args.verify),
+        converge: ConvergePlan { downtime_limit: args.downtime_limit, on_no_converge },
+        predictor,
+    }
+}
+
+pub(super) fn new_attempt() -> Result<AttemptId, Failure> {
+    let mut bytes = [0u8; 16];
+    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    match filled {
+        Ok(16) => Ok(AttemptId::from_bytes(bytes)),
+        Ok(_) | Err(_) => Err(Failure::Bug("the kernel gave no random bytes".into())),
+    }
+}
