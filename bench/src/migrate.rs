@@ -81,6 +81,8 @@ impl Mover {
 #[derive(Debug, Clone, Serialize)]
 struct Run {
     converged: bool,
+    /// Why the guest stayed where it was.
+    why: Option<String>,
     total_ms: f64,
     gap_ms: f64,
     own_gap_ms: f64,
@@ -186,14 +188,15 @@ impl Bench<'_> {
     fn by_qemu(&mut self, mode: Mode) -> Result<Run> {
         let (source, target) = self.traveller.ends()?;
         let uri = qemu_move::prepare(mode, source, target, self.args.downtime_limit)?;
-        let (before, start) = (cpu::vmm_seconds(source.pid()) + cpu::vmm_seconds(target.pid()), now());
+        let (watch, start) = (cpu::Watch::begin([source.pid(), target.pid()]), now());
         let claim = qemu_move::run(&uri, source, self.args.give_up)?;
         if claim.converged {
             let _ = target.beats().wait_since(start, Duration::from_secs(20));
         }
-        let cpu_seconds = cpu::vmm_seconds(source.pid()) + cpu::vmm_seconds(target.pid()) - before;
+        let cpu_seconds = watch.end();
         let elapsed = start.elapsed();
-        self.settle(claim, start, elapsed, cpu_seconds)
+        let why = format!("no end in sight after {:.0} ms", ms(elapsed));
+        self.settle(claim, why, start, elapsed, cpu_seconds)
     }
 
     fn by_ferry(&mut self, keys: Option<PathBuf>) -> Result<Run> {
@@ -207,27 +210,27 @@ impl Bench<'_> {
         let (source, target) = self.traveller.ends()?;
         let spec = |guest: &vmferry_rig::RunningGuest| format!("qemu:{}", guest.qmp_path().display());
         let (from, to) = (spec(source), spec(target));
-        let (source_before, target_before) = (cpu::vmm_seconds(source.pid()), cpu::vmm_seconds(target.pid()));
+        let watch = cpu::Watch::begin([source.pid(), target.pid()]);
         let children = cpu::children_seconds();
         let receiving = ferry.receive(&to, &plan)?;
         let start = now();
         let report = ferry.send(&from, receiving, &plan)?;
         let elapsed = start.elapsed();
-        let source_cpu = (cpu::vmm_seconds(source.pid()) - source_before).max(0.0);
-        let target_cpu = (cpu::vmm_seconds(target.pid()) - target_before).max(0.0);
-        let cpu_seconds = source_cpu + target_cpu + cpu::children_seconds() - children;
+        let cpu_seconds = watch.end() + cpu::children_seconds() - children;
         let claim = QemuClaim {
             converged: report.converged,
             bytes: report.send["ram"]["wire_bytes"].as_u64().unwrap_or(0),
             downtime_ms: report.send["blackout_ms"].as_f64().unwrap_or(0.0),
             rounds: report.send["ram"]["rounds"].as_u64().unwrap_or(0),
         };
-        self.settle(claim, start, elapsed, cpu_seconds)
+        let why = report.send["error-desc"].as_str().unwrap_or("vmferry gave no reason").to_owned();
+        self.settle(claim, why, start, elapsed, cpu_seconds)
     }
 
     fn settle(
         &mut self,
         claim: QemuClaim,
+        why: String,
         start: std::time::Instant,
         elapsed: Duration,
         cpu_seconds: f64,
@@ -239,6 +242,7 @@ impl Bench<'_> {
         }
         Ok(Run {
             converged: claim.converged,
+            why: (!claim.converged).then_some(why),
             total_ms: ms(seen.total),
             gap_ms: ms(seen.gap),
             own_gap_ms: ms(seen.own_gap),
@@ -252,7 +256,8 @@ impl Bench<'_> {
 
 fn told(run: &Run) -> String {
     if !run.converged {
-        return format!("gave up after {:.0} ms and {}", run.total_ms, ByteSize(run.bytes));
+        let why = run.why.as_deref().unwrap_or_default();
+        return format!("gave up after {:.0} ms and {}: {why}", run.total_ms, ByteSize(run.bytes));
     }
     format!(
         "{:.0} ms, gap {:.1} ms (claims {:.1}), {} in {} rounds, {:.2} CPU s",
@@ -305,6 +310,11 @@ fn print(output: &Output, rows: &[Row], data_bytes: u64) {
     ];
     let title = format!("min / median / max; {} of data", ByteSize(data_bytes));
     output.table(&title, &head, lines.collect());
+    for row in rows {
+        for why in row.runs.iter().filter_map(|run| run.why.as_ref()) {
+            output.note(&format!("{}, {}: {why}", row.scenario.name(), row.mover));
+        }
+    }
     ratios(output, rows);
 }
 

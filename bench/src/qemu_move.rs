@@ -14,6 +14,7 @@ use crate::measure::now;
 const BANDWIDTH_BYTES_PER_S: u64 = 100 << 30;
 /// As many as this project's bench machine has cores.
 const MULTIFD_CHANNELS: u32 = 2;
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How QEMU moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -70,12 +71,23 @@ pub(crate) fn run(uri: &str, source: &mut RunningGuest, timeout: Duration) -> Re
             "completed" => return Ok(claim(&state, true)),
             "failed" => anyhow::bail!("QEMU's migration failed: {}", state["error-desc"]),
             _ if start.elapsed() > timeout => {
-                source.qmp().execute("migrate_cancel", Value::Null)?;
+                cancel(source)?;
                 return Ok(claim(&state, false));
             }
             _ => std::thread::sleep(Duration::from_millis(5)),
         }
     }
+}
+
+/// Returns once QEMU has let go: until then it refuses the next mover.
+fn cancel(source: &mut RunningGuest) -> Result<()> {
+    source.qmp().execute("migrate_cancel", Value::Null)?;
+    let start = now();
+    while source.qmp().execute("query-migrate", Value::Null)?["status"] != "cancelled" {
+        anyhow::ensure!(start.elapsed() < CANCEL_TIMEOUT, "QEMU does not cancel its migration");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 fn configure(side: &mut RunningGuest, mode: Mode, creds: &str, downtime_limit: Duration) -> Result<()> {
