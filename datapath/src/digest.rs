@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use crate::guest_ram::{GuestRam, RamError, bits};
 use crate::layout::RamLayout;
 use crate::page::{CHUNK_BYTES, CHUNK_PAGES, ChunkIndex, PAGE_BYTES};
+use crate::page_set::PageSet;
 
 /// The digest of one block.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,16 +53,11 @@ impl GuestRam {
         let work = || {
             let mut done = Vec::new();
             let mut scratch = vec![0; CHUNK_BYTES];
-            loop {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                let Some(span) = spans.get(number) else { return done };
-                let mut hasher = blake3::Hasher::new();
-                for chunk in (span.first..span.end).map(ChunkIndex) {
-                    let (leaves, len) = self.leaves(chunk, populated.word(chunk), &mut scratch);
-                    hasher.update(&leaves[..len]);
-                }
-                done.push((number, hasher.finalize()));
+            let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|number| *number < spans.len());
+            while let Some(number) = take() {
+                done.push((number, self.hash_span(&spans[number], &populated, &mut scratch)));
             }
+            done
         };
         let mut hashes = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..cpus.max(1)).map(|_| scope.spawn(work)).collect();
@@ -72,6 +68,15 @@ impl GuestRam {
         });
         hashes.sort_by_key(|(number, _)| *number);
         Ok(fold(self.layout(), &spans, &hashes))
+    }
+
+    fn hash_span(&self, span: &Span, populated: &PageSet, scratch: &mut [u8]) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        for chunk in (span.first..span.end).map(ChunkIndex) {
+            let (leaves, len) = self.leaves(chunk, populated.word(chunk), scratch);
+            hasher.update(&leaves[..len]);
+        }
+        hasher.finalize()
     }
 
     /// The hashes of one chunk's pages, and how many bytes of them count.
@@ -124,4 +129,35 @@ fn fold(layout: &RamLayout, spans: &[Span], hashes: &[(usize, blake3::Hash)]) ->
         blake3: hasher.finalize().to_hex().to_string(),
     };
     RamDigest(named.map(digest).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::page::{PAGE_BYTES, PageIndex};
+    use crate::testing::{empty_ram, filled_ram, noise};
+
+    #[test]
+    fn it_follows_the_content_and_nothing_else() {
+        let (one, two) = (filled_ram(4, 64 * 300 + 3), filled_ram(4, 64 * 300 + 3));
+        let digest = one.digest(1).unwrap();
+        assert_eq!(digest, two.digest(3).unwrap(), "the number of threads matters");
+        let mut page = [0; PAGE_BYTES];
+        two.read_page(PageIndex(64 * 300), &mut page).unwrap();
+        page[4095] ^= 1;
+        two.write_page(PageIndex(64 * 300), &page).unwrap();
+        assert_ne!(digest, two.digest(1).unwrap(), "one bit of one page is not seen");
+    }
+
+    #[test]
+    fn a_hole_is_a_zero_page_and_stays_a_hole() {
+        let (hole, zero) = (empty_ram(&[70, 3]), empty_ram(&[70, 3]));
+        zero.write_page(PageIndex(66), &[0; PAGE_BYTES]).unwrap();
+        assert_eq!(hole.digest(2).unwrap(), zero.digest(2).unwrap());
+        assert!(hole.populated().unwrap().is_empty(), "the digest read a hole");
+        let swapped = empty_ram(&[70, 3]);
+        swapped.write_page(PageIndex(0), noise(1, PAGE_BYTES).as_slice().try_into().unwrap()).unwrap();
+        let other = empty_ram(&[70, 3]);
+        other.write_page(PageIndex(1), noise(1, PAGE_BYTES).as_slice().try_into().unwrap()).unwrap();
+        assert_ne!(swapped.digest(1).unwrap(), other.digest(1).unwrap(), "the place of a page is not seen");
+    }
 }

@@ -236,7 +236,8 @@ impl GuestRam {
 
     /// Copies one page out.
     pub fn read_page(&self, page: PageIndex, into: &mut [u8; PAGE_BYTES]) -> Result<(), RamError> {
-        let range = self.pages(page.chunk(), page.bit(), 1).ok_or(RamError::NoSuchPage { page })?;
+        let bit = u32::try_from(page.bit()).unwrap_or(u32::MAX);
+        let range = self.pages(page.chunk(), bit, 1).ok_or(RamError::NoSuchPage { page })?;
         range.copy_to(into);
         Ok(())
     }
@@ -251,11 +252,11 @@ impl GuestRam {
     }
 
     /// `count` pages of a chunk from its page `first` on, or nothing when one of them does not exist.
-    pub fn pages(&self, chunk: ChunkIndex, first: u64, count: u64) -> Option<GuestRange<'_>> {
+    pub fn pages(&self, chunk: ChunkIndex, first: u32, count: u32) -> Option<GuestRange<'_>> {
         let (map, offset) = self.place(chunk)?;
-        let start = offset.checked_add(usize::try_from(first).ok()?.checked_mul(PAGE_BYTES)?)?;
-        let len = usize::try_from(count).ok()?.checked_mul(PAGE_BYTES)?;
-        if first.checked_add(count)? > CHUNK_PAGES as u64 || start.checked_add(len)? > map.len {
+        let start = offset.checked_add((first as usize).checked_mul(PAGE_BYTES)?)?;
+        let len = (count as usize).checked_mul(PAGE_BYTES)?;
+        if first.checked_add(count)? as usize > CHUNK_PAGES || start.checked_add(len)? > map.len {
             return None;
         }
         // SAFETY: `start + len` was just checked against the mapping's length.
@@ -364,14 +365,14 @@ pub(crate) fn bits(mut word: u64) -> impl Iterator<Item = u32> {
 }
 
 /// The runs of set bits, as (first, count), lowest first.
-pub(crate) fn runs(mut word: u64) -> impl Iterator<Item = (u64, u64)> {
+pub(crate) fn runs(mut word: u64) -> impl Iterator<Item = (u32, u32)> {
     std::iter::from_fn(move || {
         let first = word.trailing_zeros();
         (first < 64).then(|| {
             let count = (!(word >> first)).trailing_zeros().min(64 - first);
             let run = if count == 64 { u64::MAX } else { ((1 << count) - 1) << first };
             word &= !run;
-            (u64::from(first), u64::from(count))
+            (first, count)
         })
     })
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Sender, bounded};
 use rustix::io::Errno;
 
 use crate::error::{DataError, LinkFault};
@@ -155,24 +155,9 @@ impl Crew {
             crew.fate.adopt(end.link.breaker().map_err(|trouble| trouble.on_lane(number))?);
             let gauge = Arc::new(LaneGauge::new(end.cpu));
             crew.gauges.push(Arc::clone(&gauge));
-            let (ready, fate, work) = (ready.clone(), Arc::clone(&crew.fate), work(number));
-            let run = move || {
-                let _last_word = LastWord(Arc::clone(&gauge), Arc::clone(&fate));
-                let kit = equip(
-                    end,
-                    cipher,
-                    plan,
-                    Post { number, lanes, gauge: Arc::clone(&gauge), fate: Arc::clone(&fate) },
-                );
-                let outcome = kit.and_then(|kit| {
-                    let _ = ready.send(());
-                    drop(ready);
-                    work(kit)
-                });
-                if let Err(failure) = outcome {
-                    fate.fail(failure);
-                }
-            };
+            let post = Post { number, lanes, gauge, fate: Arc::clone(&crew.fate) };
+            let (ready, work) = (ready.clone(), work(number));
+            let run = move || run_lane(end, cipher, plan, post, ready, work);
             let thread = Builder::new().name(format!("lane {number}")).spawn(run).map_err(|error| {
                 let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
                 DataError::HostRefused {
@@ -209,6 +194,25 @@ impl Crew {
 impl Drop for Crew {
     fn drop(&mut self) {
         self.disband();
+    }
+}
+
+/// A lane's thread, from its first breath to its last word.
+fn run_lane<W>(end: LaneEnd, cipher: Cipher, plan: LinkPlan, post: Post, ready: Sender<()>, work: W)
+where
+    W: FnOnce(LaneKit) -> Result<(), DataError>,
+{
+    let fate = Arc::clone(&post.fate);
+    let _last_word = LastWord(Arc::clone(&post.gauge), Arc::clone(&fate));
+    let kit = equip(end, cipher, plan, post);
+    let outcome = kit.and_then(move |kit| {
+        // Whoever started the crew may have given up already.
+        let _ = ready.send(());
+        drop(ready);
+        work(kit)
+    });
+    if let Err(failure) = outcome {
+        fate.fail(failure);
     }
 }
 

@@ -14,6 +14,7 @@ pub mod digest;
 pub mod dirty;
 pub mod error;
 pub mod frame;
+pub mod fuzz;
 pub mod guest_ram;
 pub mod hot;
 pub mod lane;

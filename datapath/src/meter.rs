@@ -2,8 +2,8 @@
 //!
 //! A gauge has one writer, so counting is a load and a store, never a locked instruction.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::page::PAGE_BYTES;
@@ -113,9 +113,9 @@ fn nanos(time: Duration) -> u64 {
 }
 
 impl Meter {
-    pub(crate) fn read<'a>(gauges: impl Iterator<Item = &'a LaneGauge> + Clone) -> Meter {
-        let lanes: Vec<LaneMeter> = gauges.clone().map(LaneGauge::read).collect();
-        let sum = |of: fn(&LaneGauge) -> &Count| gauges.clone().map(|gauge| of(gauge).get()).sum::<u64>();
+    pub(crate) fn read(gauges: &[Arc<LaneGauge>]) -> Meter {
+        let lanes: Vec<LaneMeter> = gauges.iter().map(|gauge| gauge.read()).collect();
+        let sum = |of: fn(&LaneGauge) -> &Count| gauges.iter().map(|gauge| of(gauge).get()).sum::<u64>();
         let (zero_pages, data_pages) = (sum(|g| &g.zero_pages), sum(|g| &g.data_pages));
         Meter {
             page_bytes: (zero_pages + data_pages) * PAGE_BYTES as u64,

@@ -159,16 +159,7 @@ pub fn page(ram: &Arc<GuestRam>, cipher: Cipher) -> Result<Measured, DataError> 
         move |kit| {
             let body = BodyMaker::new(Compression::Off, None)?;
             let mut lane = SendLane::new(kit, Arc::clone(&ram), body, Arc::new(AtomicU64::new(0)), u64::MAX);
-            let measured = timed(bytes, || {
-                let mut batch = Batch::EMPTY;
-                for (chunk, pages) in chunks(&ram) {
-                    if batch.push(chunk, pages) {
-                        lane.obey(Order::Pages(std::mem::replace(&mut batch, Batch::EMPTY)))?;
-                    }
-                }
-                lane.obey(Order::Pages(batch))?;
-                lane.settle()
-            })?;
+            let measured = timed(bytes, || sweep(&mut lane, &ram))?;
             if let Ok(mut told) = told.lock() {
                 *told = Some(measured);
             }
@@ -178,6 +169,17 @@ pub fn page(ram: &Arc<GuestRam>, cipher: Cipher) -> Result<Measured, DataError> 
     crew.join();
     let measured = outcome.lock().ok().and_then(|measured| *measured);
     measured.ok_or_else(|| crew.fate.cause())
+}
+
+fn sweep(lane: &mut SendLane, ram: &GuestRam) -> Result<(), DataError> {
+    let mut batch = Batch::EMPTY;
+    for (chunk, pages) in chunks(ram) {
+        if batch.push(chunk, pages) {
+            lane.obey(Order::Pages(std::mem::replace(&mut batch, Batch::EMPTY)))?;
+        }
+    }
+    lane.obey(Order::Pages(batch))?;
+    lane.settle()
 }
 
 /// Sends `bytes` through one TCP connection by a bare io_uring loop: one buffer of `piece` bytes at a time, no
@@ -194,12 +196,11 @@ pub fn bare(bytes: u64, piece: usize, cpus: Cpus) -> Result<Measured, DataError>
         pin(cpus.sender);
         bare_send(&near, rounds, piece).map(|()| near)
     });
-    let measured = timed(bytes, || {
+    timed(bytes, || {
         let sent = sending.join().map_err(|_| DataError::Bug("a probe panicked"))?;
         let received = receiving.join().map_err(|_| DataError::Bug("a probe panicked"))?;
-        sent.and_then(|_open| received).map_err(|trouble| trouble.on_lane(0))
-    });
-    measured
+        sent.and(received).map_err(|trouble| trouble.on_lane(0))
+    })
 }
 
 fn bare_send(stream: &TcpStream, rounds: u64, piece: usize) -> Result<(), LinkTrouble> {

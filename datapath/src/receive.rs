@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::error::DataError;
 use crate::frame::{Credit, FrameFault};
 use crate::guest_ram::{GuestRam, RamError};
-use crate::lane::{Crew, LaneEnd};
+use crate::lane::{Crew, Fate, LaneEnd};
 use crate::limits::{CREDIT_SLOTS, RECEIVE_BYTES};
 use crate::link::LinkPlan;
 use crate::meter::Meter;
@@ -44,31 +44,19 @@ impl Receiver {
         lanes: Vec<LaneEnd>,
         cipher: Cipher,
     ) -> Result<(Receiver, StateStream), DataError> {
-        let populated = ram.populated().map_err(|error| match error {
-            RamError::HostRefused { service, errno, .. } => DataError::HostRefused {
-                service,
-                fix: "run vmferry as root or as the user of the VMM",
-                errno,
-            },
-            _ => DataError::Bug("the target's memory could not be looked at"),
-        })?;
+        let populated = ram.populated().map_err(|error| refusal(&error))?;
         let (written, state) = (Arc::new(Written::new(&populated)), StatePipe::new());
         let mut endings = Vec::with_capacity(lanes.len());
-        let crew = Crew::muster(lanes, cipher, RECEIVE_LINK, |number| {
+        let (all, pipe) = (&mut endings, Arc::clone(&state));
+        let crew = Crew::muster(lanes, cipher, RECEIVE_LINK, move |number| {
             let (ram, written, ending) = (Arc::clone(&ram), Arc::clone(&written), Arc::new(Ending::new()));
-            endings.push(Arc::clone(&ending));
-            let pipe = Arc::clone(&state);
+            all.push(Arc::clone(&ending));
+            let pipe = Arc::clone(&pipe);
             move |kit| {
                 let fate = Arc::clone(&kit.fate);
                 let state = (number == 0).then(|| Arc::clone(&pipe));
                 let lane = ReceiveLane::new(kit, ram, written, ending, state);
-                let outcome = lane.and_then(ReceiveLane::run);
-                if let Err(failure) = &outcome {
-                    // Whoever reads the state must not wait for a transfer that is over.
-                    fate.fail(failure.clone());
-                    pipe.end(Err(fate.cause()));
-                }
-                outcome
+                lane.and_then(ReceiveLane::run).inspect_err(|failure| end_state(&pipe, &fate, failure))
             }
         })?;
         let stream = StateStream(Arc::clone(&state));
@@ -106,7 +94,7 @@ impl Receiver {
 
     /// What was taken in so far.
     pub fn meter(&self) -> Meter {
-        Meter::read(self.crew.gauges.iter().map(AsRef::as_ref))
+        Meter::read(&self.crew.gauges)
     }
 
     /// The first failure of any lane.
@@ -119,6 +107,25 @@ impl Receiver {
         self.crew.fate.stop();
         self.state.end(Err(self.crew.fate.cause()));
         self.crew.disband();
+    }
+}
+
+/// Whoever reads the state must not wait for a transfer that is over.
+fn end_state(pipe: &StatePipe, fate: &Fate, failure: &DataError) {
+    fate.fail(failure.clone());
+    pipe.end(Err(fate.cause()));
+}
+
+/// Why the target's memory could not be looked at.
+fn refusal(error: &RamError) -> DataError {
+    match *error {
+        RamError::HostRefused { service, errno, .. } => {
+            DataError::HostRefused { service, fix: "run vmferry as root or as the user of the VMM", errno }
+        }
+        RamError::FileCount { .. }
+        | RamError::FileTooShort { .. }
+        | RamError::NoSuchPage { .. }
+        | RamError::ReadOnly => DataError::Bug("the target's memory could not be looked at"),
     }
 }
 

@@ -156,7 +156,7 @@ impl Sender {
 
     /// What was sent so far.
     pub fn meter(&self) -> Meter {
-        Meter::read(self.crew.gauges.iter().map(AsRef::as_ref))
+        Meter::read(&self.crew.gauges)
     }
 
     /// The first failure of any lane.
@@ -186,11 +186,12 @@ impl Sender {
         let mut hands = vec![Batch::EMPTY; lanes];
         for (chunk, word) in pages.iter_chunks() {
             let lane = usize::try_from(chunk.0 % lanes as u64).unwrap_or(0);
-            if hands[lane].push(chunk, word) {
-                let full = std::mem::replace(&mut hands[lane], Batch::EMPTY);
-                if !self.order(lane, order(full), go_on)? {
-                    return Ok(false);
-                }
+            if !hands[lane].push(chunk, word) {
+                continue;
+            }
+            let full = std::mem::replace(&mut hands[lane], Batch::EMPTY);
+            if !self.order(lane, order(full), go_on)? {
+                return Ok(false);
             }
         }
         for (lane, hand) in hands.into_iter().enumerate().filter(|(_, hand)| !hand.is_empty()) {

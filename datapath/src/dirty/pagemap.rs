@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
 use super::{DirtyLog, TrackError, WatchedArea};
-use crate::page::{ByteLen, PAGE_BYTES, PageCount, PageIndex};
+use crate::page::{ByteLen, PAGE_BYTES, PageCount};
 use crate::page_set::PageSet;
 
 /// Ranges that one system call may return: 96 KiB of them.
@@ -127,4 +127,5 @@ unsafe impl Ioctl for Scan {
     }
 }
 
-const _: () = assert!(size_of::<PageIndex>() == 8);
+#[cfg(test)]
+mod tests;

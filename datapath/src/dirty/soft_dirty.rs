@@ -65,12 +65,13 @@ impl SoftDirtyLog {
                 address: area.address + page * PAGE_BYTES as u64,
                 errno: Errno::from_io_error(&error).unwrap_or(Errno::SRCH),
             })?;
-            for entry in buffer.chunks_exact(ENTRY_BYTES) {
-                if is_dirty(u64::from_le_bytes(entry.try_into().unwrap_or_default())) {
-                    into.insert_range(area.first_page.plus(PageCount(page)), PageCount(1));
-                }
-                page += 1;
+            let entries = buffer.chunks_exact(ENTRY_BYTES);
+            let dirty =
+                entries.map(|entry| is_dirty(u64::from_le_bytes(entry.try_into().unwrap_or_default())));
+            for (page, _) in (page..).zip(dirty).filter(|(_, dirty)| *dirty) {
+                into.insert_range(area.first_page.plus(PageCount(page)), PageCount(1));
             }
+            page += left.min(ENTRIES_PER_READ) as u64;
         }
         Ok(())
     }

@@ -247,7 +247,7 @@ impl Target<'_> {
         }
         self.zero(chunk, record.present & !record.data)?;
         if record.data != 0 {
-            done(self.ram.write_pages(chunk, record.data, body))?;
+            done(&self.ram.write_pages(chunk, record.data, body))?;
             let word = self.written.word(chunk).ok_or(Refusal::Peer(FrameFault::NoSuchPage))?;
             word.store(word.load(Ordering::Relaxed) | record.data, Ordering::Relaxed);
         }
@@ -277,11 +277,11 @@ impl Target<'_> {
     fn zero(&self, chunk: ChunkIndex, pages: u64) -> Result<(), Refusal> {
         let word = self.written.word(chunk).ok_or(Refusal::Peer(FrameFault::NoSuchPage))?;
         let touched = pages & word.load(Ordering::Relaxed);
-        if touched == 0 { Ok(()) } else { done(self.ram.zero_pages(chunk, touched)) }
+        if touched == 0 { Ok(()) } else { done(&self.ram.zero_pages(chunk, touched)) }
     }
 }
 
-fn done(outcome: Result<bool, RamError>) -> Result<(), Refusal> {
+fn done(outcome: &Result<bool, RamError>) -> Result<(), Refusal> {
     match outcome {
         Ok(true) => Ok(()),
         Ok(false) => Err(Refusal::Ours("a checked page did not fit the guest")),
