@@ -13,7 +13,13 @@ pub(crate) struct Output {
 
 impl Output {
     pub(crate) fn new(json: bool) -> Self {
-        Self { json, results: Map::new() }
+        let output = Self { json, results: Map::new() };
+        if cfg!(debug_assertions) {
+            output.say(
+                "this is a debug build: its figures say nothing, use 'cargo run --release -p vmferry-bench'",
+            );
+        }
+        output
     }
 
     /// What is going on, on stderr.
