@@ -164,24 +164,28 @@ impl Tracee {
         })
     }
 
-    /// One instruction. A signal that cannot be blocked is kept for the detach.
     fn step(&mut self) -> Result<(), TraceFault> {
-        loop {
-            ptrace::step(self.thread, None)?;
-            // No deadline: the thread runs with our registers and must come back to us.
-            let status = waitpid(self.thread, Some(WaitPidFlag::__WALL))?;
-            if let WaitStatus::Stopped(_, signal) = status {
-                if signal == Signal::SIGTRAP {
-                    return Ok(());
-                }
-                if signal == Signal::SIGSYS {
-                    return Err(TraceFault::Unfit("its seccomp filter trapped a call"));
-                }
-                self.undelivered = Some(signal);
-            } else if !matches!(status, WaitStatus::PtraceEvent(..)) {
-                return Err(TraceFault::Refused(Errno::ESRCH));
+        while !self.took_step()? {}
+        Ok(())
+    }
+
+    /// One instruction, or what came instead. A signal that cannot be blocked is kept for the detach.
+    fn took_step(&mut self) -> Result<bool, TraceFault> {
+        ptrace::step(self.thread, None)?;
+        // No deadline: the thread runs with our registers and must come back to us.
+        let status = waitpid(self.thread, Some(WaitPidFlag::__WALL))?;
+        if let WaitStatus::Stopped(_, signal) = status {
+            if signal == Signal::SIGTRAP {
+                return Ok(true);
             }
+            if signal == Signal::SIGSYS {
+                return Err(TraceFault::Unfit("its seccomp filter trapped a call"));
+            }
+            self.undelivered = Some(signal);
+        } else if !matches!(status, WaitStatus::PtraceEvent(..)) {
+            return Err(TraceFault::Refused(Errno::ESRCH));
         }
+        Ok(false)
     }
 }
 

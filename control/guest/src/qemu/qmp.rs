@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -81,6 +82,14 @@ impl Qmp {
         }
         qmp.execute("qmp_capabilities", Value::Null)?;
         Ok(qmp)
+    }
+
+    /// Ends this connection and makes another one. QEMU serves one client: it must see the end of the old one first.
+    pub(crate) fn redial(&mut self, path: &Path) -> Result<(), GuestError> {
+        // It may be down already.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        *self = Qmp::connect(path)?;
+        Ok(())
     }
 
     /// The process at the other end, as the kernel knows it; 0 when it lives in another PID namespace.
@@ -293,24 +302,27 @@ mod tests {
 
     use super::*;
 
-    /// A monitor that greets and then answers each line by a function of its own.
-    fn monitor(mut answer: impl FnMut(Value) -> Vec<Value> + Send + 'static) -> (tempfile::TempDir, Qmp) {
+    /// Greets, and answers each line by `answer`, until the client hangs up.
+    fn serve(listener: &UnixListener, answer: &mut dyn FnMut(&Value) -> Vec<Value>) {
+        let (mut stream, _) = listener.accept().unwrap();
+        writeln!(stream, "{}", json!({ "QMP": {} })).unwrap();
+        let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        for line in lines.map_while(Result::ok) {
+            let command: Value = serde_json::from_str(&line).unwrap();
+            let answers = match command["execute"].as_str() {
+                Some("qmp_capabilities") => vec![json!({ "return": {}, "id": command["id"] })],
+                _ => answer(&command),
+            };
+            answers.iter().for_each(|answer| writeln!(stream, "{answer}").unwrap());
+        }
+    }
+
+    /// A monitor and a connection to it.
+    fn monitor(mut answer: impl FnMut(&Value) -> Vec<Value> + Send + 'static) -> (tempfile::TempDir, Qmp) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("qmp");
         let listener = UnixListener::bind(&path).unwrap();
-        thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            writeln!(stream, "{}", json!({ "QMP": {} })).unwrap();
-            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
-            for line in lines.map_while(Result::ok) {
-                let command: Value = serde_json::from_str(&line).unwrap();
-                let answers = match command["execute"].as_str() {
-                    Some("qmp_capabilities") => vec![json!({ "return": {}, "id": command["id"] })],
-                    _ => answer(command),
-                };
-                answers.iter().for_each(|answer| writeln!(stream, "{answer}").unwrap());
-            }
-        });
+        thread::spawn(move || serve(&listener, &mut answer));
         let qmp = Qmp::connect(&path).unwrap();
         (folder, qmp)
     }
@@ -336,6 +348,22 @@ mod tests {
     fn a_foreign_id_ends_the_connection() {
         let (_folder, mut qmp) = monitor(|_| vec![json!({ "return": {}, "id": 4711 })]);
         assert!(matches!(qmp.execute("cont", Value::Null), Err(QmpFailure::Lost(_))));
+    }
+
+    #[test]
+    fn a_connection_that_went_wrong_is_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        // Serves one client after the other, as QEMU does; the first one gets wrong answers.
+        thread::spawn(move || {
+            serve(&listener, &mut |_| vec![json!({ "return": {}, "id": 4711 })]);
+            serve(&listener, &mut |command| vec![json!({ "return": {}, "id": command["id"] })]);
+        });
+        let mut qmp = Qmp::connect(&path).unwrap();
+        assert!(qmp.execute("cont", Value::Null).is_err());
+        qmp.redial(&path).unwrap();
+        qmp.execute("cont", Value::Null).unwrap();
     }
 
     #[test]

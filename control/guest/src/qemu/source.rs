@@ -11,7 +11,7 @@
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -31,6 +31,7 @@ const STATE_NAME: &str = "vmferry-state";
 
 /// A running QEMU guest.
 pub struct QemuSource {
+    socket: PathBuf,
     qmp: Qmp,
     description: Description,
     ram: Arc<GuestRam>,
@@ -57,6 +58,7 @@ impl QemuSource {
         let FoundRam { layout, files, places, vmm, in_stream: _ } = found;
         let ram = Arc::new(GuestRam::map(layout, files, Access::ReadOnly)?);
         Ok(QemuSource {
+            socket: socket.to_path_buf(),
             qmp,
             description,
             ram,
@@ -82,6 +84,14 @@ impl QemuSource {
         let pending = self.qmp.send("getfd", json!({ "fdname": STATE_NAME }), Some(theirs.as_fd()))?;
         self.qmp.answer(pending)?;
         self.state = Some(ours);
+        Ok(())
+    }
+
+    fn wake(&mut self) -> Result<(), GuestError> {
+        migration::cancel(&mut self.qmp)?;
+        if self.was_running {
+            self.qmp.execute("cont", Value::Null)?;
+        }
         Ok(())
     }
 
@@ -173,11 +183,12 @@ impl SourceGuest for QemuSource {
 
     fn resume(&mut self) -> Result<(), GuestError> {
         self.state = None;
-        migration::cancel(&mut self.qmp)?;
-        if self.was_running {
-            self.qmp.execute("cont", Value::Null)?;
-        }
-        Ok(())
+        self.wake().or_else(|error| {
+            // A connection in an unknown state must not keep a guest asleep: once more, on a fresh one.
+            tracing::warn!("{error}; trying again on a new connection");
+            self.qmp.redial(&self.socket)?;
+            self.wake()
+        })
     }
 
     fn set_throttle(&mut self, percent: u8) -> Result<(), GuestError> {
