@@ -1,4 +1,5 @@
-//! Fuzz bodies: for every parser that a peer can reach, what must hold for any bytes at all.
+//! Fuzz bodies for the control side: what must hold for any bytes at all that a peer sends. Those of the lanes are
+//! in `vmferry_datapath::fuzz`, beside their parser.
 //!
 //! `cargo fuzz` needs a nightly toolchain and this project builds with a stable one, so there is no `fuzz/` folder of
 //! libFuzzer targets. Instead each body is a plain function over bytes, and `tests/fuzz.rs` feeds it: seeded random
@@ -7,7 +8,7 @@
 //!
 //! What must never happen: a panic or an allocation on a number that the peer sent.
 
-use vmferry_datapath::frame::{HEADER_BYTES, Record, first_record};
+use vmferry::door::LaneHello;
 use vmferry_session::{
     AbortReason, BUFFER_BYTES_MAX, Decoder, LANES_MAX, MESSAGE_BYTES_MAX, Message, Offer, TargetTerms,
     encode, negotiate,
@@ -69,30 +70,12 @@ pub fn negotiation(offer: &Offer, terms: &TargetTerms) {
     }
 }
 
-/// The lanes' frame parser: a record lies inside what arrived, its header says what it is in one way only, and more
-/// bytes behind it change nothing.
-pub fn lane_bytes(bytes: &[u8]) {
-    for tag_bytes in [0, 16] {
-        let mut rest = bytes;
-        while let Ok(Some(framed)) = first_record(rest, tag_bytes) {
-            assert!(framed.len >= HEADER_BYTES + tag_bytes && framed.len <= rest.len());
-            assert_eq!(first_record(&rest[..framed.len], tag_bytes), Ok(Some(framed)));
-            if framed.len > HEADER_BYTES {
-                assert_eq!(first_record(&rest[..framed.len - 1], tag_bytes), Ok(None));
-            }
-            check_record(&framed.record);
-            rest = &rest[framed.len..];
-        }
+/// The door's first look at a lane connection: what it takes for a greeting, it would have said in the same bytes.
+pub fn lane_greeting(bytes: &[u8]) {
+    let Some(first) = bytes.first_chunk() else { return };
+    if let Some(hello) = LaneHello::parse(first) {
+        assert_eq!(hello.to_bytes(), *first, "two greetings say the same thing");
     }
-}
-
-fn check_record(record: &Record) {
-    if let Record::Chunk(chunk) = record {
-        assert!(chunk.present != 0 && chunk.data & !chunk.present == 0);
-        assert!(chunk.compressed || chunk.body_len == chunk.plain_len());
-    }
-    let again = record.header().check();
-    assert_eq!(again.as_ref(), Ok(record), "a record's own header must say the same record");
 }
 
 /// Damages bytes as the dice will have it: flips, cuts, repeats, inserts, and the numbers that break parsers.

@@ -4,15 +4,14 @@
 
 use std::collections::BTreeMap;
 
-use vmferry_datapath::frame::{ChunkRecord, Credit, Record};
-use vmferry_datapath::{ByteLen, ChunkIndex, RamBlock, RamLayout};
+use vmferry::door::LaneHello;
+use vmferry_datapath::{ByteLen, RamBlock, RamLayout};
 use vmferry_session::{
     AbortKind, AbortReason, Agreement, AttemptId, CipherSuite, CompressionMode, FinalTotals, GuestFacts,
     LaneTally, Message, Offer, TargetTerms, TargetTimes, VERSION, encode,
 };
 use vmferry_tests::fuzz;
 use vmferry_tests::world::Dice;
-use zerocopy::IntoBytes;
 
 fn rounds(default: u64) -> u64 {
     std::env::var("VMFERRY_FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
@@ -71,39 +70,10 @@ fn messages() -> Vec<Message> {
     ]
 }
 
-fn records() -> Vec<Record> {
-    let chunk = |present, data, body_len, compressed| {
-        Record::Chunk(ChunkRecord { chunk: ChunkIndex(3), present, data, body_len, compressed })
-    };
-    vec![
-        chunk(1, 1, 4096, false),
-        chunk(u64::MAX, 0b11, 8192, false),
-        chunk(0b111, 0b101, 500, true),
-        chunk(0b1000, 0, 0, false),
-        Record::ZeroRun { first: ChunkIndex(9), count: 1000 },
-        Record::State { len: 300 },
-        Record::StateEnd,
-        Record::Sync,
-        Record::End,
-        Record::Credit(Credit { records: 5, bytes: 1 << 20 }),
-    ]
-}
-
-/// One record as it travels, body and tag included.
-fn framed(record: &Record, dice: &mut Dice) -> Vec<u8> {
-    let mut bytes = record.header().as_bytes().to_vec();
-    bytes.extend((0..record.body_len() + 16).map(|_| u8::try_from(dice.below(256)).unwrap_or(0)));
-    bytes
-}
-
 #[test]
 fn the_corpus_itself_is_accepted() {
     for message in messages() {
         fuzz::control_bytes(&encode(&message).unwrap_or_else(|error| panic!("{error}")));
-    }
-    for record in records() {
-        assert_eq!(record.header().check(), Ok(record));
-        fuzz::lane_bytes(&framed(&record, &mut Dice::new(1)));
     }
 }
 
@@ -174,20 +144,13 @@ fn negotiation_takes_damaged_offers() {
 }
 
 #[test]
-fn the_lane_parser_takes_noise_and_damaged_records() {
-    let mut dice = Dice::new(0x1A4E);
-    let corpus = records();
-    for _ in 0..rounds(20_000) {
-        fuzz::lane_bytes(&fuzz::noise(&mut dice, 400));
-        let mut bytes = Vec::new();
-        for _ in 0..=dice.below(3) {
-            let record = corpus[dice.index(corpus.len())];
-            bytes.extend(framed(&record, &mut dice));
-        }
-        // Damage the first header rather than some byte of a body.
-        let mut head = bytes[..64].to_vec();
-        fuzz::mutate(&mut head, &mut dice);
-        bytes.splice(..64, head);
-        fuzz::lane_bytes(&bytes);
+fn the_door_takes_damaged_greetings() {
+    let mut dice = Dice::new(0xD00A);
+    for lane in 0..u16::try_from(rounds(20_000) / 4).unwrap_or(u16::MAX) {
+        let mut bytes = LaneHello { attempt: ATTEMPT, lane }.to_bytes().to_vec();
+        fuzz::lane_greeting(&bytes);
+        fuzz::mutate(&mut bytes, &mut dice);
+        bytes.extend(fuzz::noise(&mut dice, 24));
+        fuzz::lane_greeting(&bytes);
     }
 }

@@ -55,7 +55,13 @@ impl System {
             SourceAction::FinishLanes => self.source_jobs.push(SourceJob::Move(Last::End)),
             SourceAction::RecordSeal => self.source_jobs.push(SourceJob::RecordSeal),
             SourceAction::ReconnectAndAsk { .. } => self.source_jobs.push(SourceJob::Dial),
-            SourceAction::Resume(token) => self.source_jobs.push(SourceJob::Resume(token)),
+            SourceAction::Resume(token) => {
+                // A reconnection does not touch the guest; everything else would race with the resume.
+                if self.source_jobs.iter().any(|job| !matches!(job, SourceJob::Dial)) {
+                    self.broken = Some("the guest was resumed while it was still being worked on");
+                }
+                self.source_jobs.push(SourceJob::Resume(token));
+            }
             SourceAction::Retire(token) => self.source_jobs.push(SourceJob::Retire(token)),
             SourceAction::Interrupt => self.interrupted = true,
             SourceAction::ClearSeal => self.guardian = Guardian::Watching,
