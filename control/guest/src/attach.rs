@@ -17,6 +17,7 @@ mod helper;
 mod inject;
 mod kernel;
 pub(crate) mod maps;
+mod query;
 mod refusal;
 mod seccomp;
 mod tracee;

@@ -79,11 +79,11 @@ fn hand_over(source: &mut dyn SourceGuest, target: &mut dyn TargetGuest) -> Blac
     timed.step("last scan");
     copy(&from, &to, &last);
     timed.step(&format!("last copy ({} pages)", last.count().0));
-    assert_eq!(source.new_writers().unwrap(), Vec::<String>::new());
-    timed.step("new writers");
     let mut state = Vec::new();
     source.save_state(&mut state).unwrap();
     timed.step(&format!("save ({} bytes)", state.len()));
+    assert_eq!(source.new_writers().unwrap(), Vec::<String>::new());
+    timed.step("new writers");
     target.load_state(&mut state.as_slice()).unwrap();
     timed.step("load");
     target.run().unwrap();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 
-use super::Inode;
+use super::{Inode, query};
 
 /// One line of `/proc/PID/maps`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,17 @@ impl Mapping {
 pub(crate) fn of_process(pid: i32) -> io::Result<Vec<Mapping>> {
     let bytes = fs::read(format!("/proc/{pid}/maps"))?;
     Ok(String::from_utf8_lossy(&bytes).lines().filter_map(parse).collect())
+}
+
+/// The mappings of a process through which it can write files; their paths are left out.
+pub(crate) fn shared_writable(pid: i32) -> io::Result<Vec<Mapping>> {
+    let maps = fs::File::open(format!("/proc/{pid}/maps"))?;
+    if let Some(found) = query::shared_writable(&maps) {
+        return Ok(found);
+    }
+    let mut mappings = of_process(pid)?;
+    mappings.retain(|mapping| mapping.shared && mapping.writable && mapping.inode.number != 0);
+    Ok(mappings)
 }
 
 /// The processes of this host.
@@ -86,6 +97,30 @@ mod tests {
         assert!(mapping.writes(inode));
         assert!(!parse(&line.replace("rw-s", "r--s")).unwrap().writes(inode));
         assert!(!parse(&line.replace("rw-s", "rw-p")).unwrap().writes(inode));
+    }
+
+    #[test]
+    fn both_ways_to_find_shared_mappings_agree() {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let file =
+            fs::File::options().read(true).write(true).create_new(true).open(folder.path().join("ram"));
+        let file = file.unwrap();
+        file.set_len(1 << 20).unwrap();
+        let block = vmferry_datapath::RamBlock {
+            name: "ram".into(),
+            len: vmferry_datapath::ByteLen(1 << 20),
+            page_bytes: 4096,
+        };
+        let layout = vmferry_datapath::RamLayout::new(vec![block]).unwrap();
+        let file = vmferry_datapath::RamFile { file, offset: 0 };
+        let access = vmferry_datapath::Access::ReadWrite;
+        let _ram = vmferry_datapath::GuestRam::map(layout, vec![file], access).unwrap();
+        let me = i32::try_from(std::process::id()).unwrap();
+        let mut text = of_process(me).unwrap();
+        text.retain(|mapping| mapping.shared && mapping.writable && mapping.inode.number != 0);
+        text.iter_mut().for_each(|mapping| mapping.path.clear());
+        assert!(!text.is_empty());
+        assert_eq!(shared_writable(me).unwrap(), text);
     }
 
     #[test]

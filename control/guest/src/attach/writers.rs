@@ -18,7 +18,7 @@ pub(crate) struct Writer {
 impl Writer {
     /// Looks at one process; nothing when it writes none of the blocks (or is gone).
     pub(crate) fn look(process: i32, blocks: &[BlockPlace]) -> std::io::Result<Option<Writer>> {
-        let mappings = maps::of_process(process)?;
+        let mappings = maps::shared_writable(process)?;
         let areas: Vec<WatchedArea> = mappings
             .iter()
             .flat_map(|mapping| blocks.iter().filter_map(|block| overlap(mapping, block)))
