@@ -162,6 +162,8 @@ pub struct Ending {
     pub events: u64,
     /// When the last thing happened.
     pub time: Duration,
+    /// Whether the source guest was slowed down on the way.
+    pub throttled: bool,
 }
 
 impl World {
@@ -280,6 +282,7 @@ impl World {
             target: self.target.outcome().cloned(),
             events: self.events,
             time: self.common.calendar.now,
+            throttled: self.source.guest.was_throttled(),
         })
     }
 

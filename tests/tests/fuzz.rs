@@ -80,7 +80,7 @@ fn the_corpus_itself_is_accepted() {
 #[test]
 fn the_control_decoder_takes_noise() {
     let mut dice = Dice::new(0xC0DE);
-    for _ in 0..rounds(20_000) {
+    for _ in 0..rounds(200_000) {
         let mut bytes = fuzz::noise(&mut dice, 300);
         // Half of the time the length field is small, or nothing behind it would ever be read.
         if dice.per_mille(500) && bytes.len() > 4 {
@@ -94,7 +94,7 @@ fn the_control_decoder_takes_noise() {
 fn the_control_decoder_takes_damaged_messages() {
     let mut dice = Dice::new(0xDA7A);
     let corpus: Vec<Vec<u8>> = messages().iter().filter_map(|message| encode(message).ok()).collect();
-    for _ in 0..rounds(30_000) {
+    for _ in 0..rounds(100_000) {
         let mut bytes = Vec::new();
         for _ in 0..=dice.below(2) {
             bytes.extend_from_slice(&corpus[dice.index(corpus.len())]);
@@ -132,7 +132,7 @@ fn negotiation_takes_damaged_offers() {
     };
     let json = serde_json::to_vec(&offer()).unwrap_or_default();
     let mut reached = 0;
-    for _ in 0..rounds(30_000) {
+    for _ in 0..rounds(100_000) {
         let mut bytes = json.clone();
         fuzz::mutate(&mut bytes, &mut dice);
         if let Ok(offer) = serde_json::from_slice::<Offer>(&bytes) {

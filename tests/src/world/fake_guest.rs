@@ -22,6 +22,7 @@ pub struct FakeGuest {
     dirty: BTreeSet<usize>,
     tracked: bool,
     throttle: u8,
+    was_throttled: bool,
 }
 
 impl FakeGuest {
@@ -36,6 +37,7 @@ impl FakeGuest {
             dirty: BTreeSet::new(),
             tracked: false,
             throttle: 0,
+            was_throttled: false,
         }
     }
 
@@ -59,8 +61,14 @@ impl FakeGuest {
         self.throttle
     }
 
+    /// Whether it ever was slowed down.
+    pub const fn was_throttled(&self) -> bool {
+        self.was_throttled
+    }
+
     /// Slows it down.
     pub fn set_throttle(&mut self, percent: u8) {
+        self.was_throttled |= percent > 0;
         self.throttle = percent;
     }
 

@@ -114,7 +114,7 @@ impl SourceHost {
         // Most moves fit easily, some need luck or a slower guest, some are out of reach.
         let generous = common.dice.per_mille(700);
         let downtime_limit =
-            if generous { Duration::from_millis(300) } else { common.dice.time(7_000, 15_000) };
+            if generous { Duration::from_millis(300) } else { common.dice.time(10_000, 24_000) };
         let on_no_converge = match common.dice.below(3) {
             0 => OnNoConverge::Abort,
             1 => OnNoConverge::Throttle,
