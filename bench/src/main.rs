@@ -13,7 +13,6 @@ mod ferry;
 mod growth;
 mod guest;
 mod histogram;
-mod lane;
 mod measure;
 mod memory;
 mod migrate;
@@ -48,7 +47,7 @@ struct Cli {
 enum What {
     /// What guest memory costs to look at: copies and zero pages.
     Page(parts::PartsArgs),
-    /// A sealed lane against AES-GCM alone.
+    /// A sealed sending lane against AES-GCM alone.
     Seal(parts::PartsArgs),
     /// A lane over loopback against a bare io_uring loop.
     Link(parts::PartsArgs),

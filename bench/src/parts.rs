@@ -1,5 +1,6 @@
 //! One lane against the raw cost of its parts, pair by pair.
 
+use std::hint::black_box;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
@@ -8,14 +9,16 @@ use bytesize::ByteSize;
 use clap::Args;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use serde::Serialize;
+use vmferry_datapath::probe::{self, Cpus, Measured};
 use vmferry_datapath::{Access, CHUNK_BYTES, ChunkIndex, Cipher, GuestRam, fastest_provider};
 
-use crate::lane::{self, CORES};
 use crate::measure::{Spread, cell, now};
 use crate::memory::Memory;
 use crate::output::Output;
 use crate::ring;
 
+/// The core that sends, and the core that receives.
+const CORES: Cpus = Cpus { sender: Some(0), receiver: Some(1) };
 const GIGA: f64 = 1e9;
 const QUICK_BYTES: u64 = 64 << 20;
 
@@ -33,10 +36,19 @@ pub(crate) struct PartsArgs {
 /// A row of rates in GB/s, and what it is held against.
 #[derive(Debug, Serialize)]
 struct Row {
-    name: String,
+    name: &'static str,
     rates: Vec<f64>,
+    /// CPU seconds of both ends for each GiB.
+    cpu: Vec<f64>,
     /// The row of the raw cost, none where this is one.
     against: Option<usize>,
+}
+
+impl Row {
+    fn add(&mut self, measured: Measured) {
+        self.rates.push(measured.gb_per_s());
+        self.cpu.push(measured.cpu_s_per_gib());
+    }
 }
 
 struct Field {
@@ -55,7 +67,7 @@ impl Field {
         let source_ram = source.guest_ram(Access::ReadOnly)?;
         let target_ram = target.guest_ram(Access::ReadWrite)?;
         // The first walk over a fresh mapping pays for its page faults, once in a guest's life and not per pair.
-        lane::over_memory(&source_ram, &target_ram, Cipher::Plain)?;
+        probe::lane(&source_ram, &target_ram, Cipher::Plain, CORES)?;
         Ok(Self { source, target, source_ram, target_ram, pairs: if quick { 2 } else { args.pairs } })
     }
 
@@ -80,64 +92,56 @@ impl Field {
 /// Zero pages and copies: what guest memory costs to look at.
 pub(crate) fn page(args: &PartsArgs, quick: bool, output: &mut Output) -> Result<()> {
     let field = Field::new(args, quick)?;
-    pin(CORES.0)?;
+    pin(CORES.sender)?;
     let mut rows = rows(&[
         ("plain copy to a hot buffer", None),
         ("gather of a lane", Some(0)),
-        ("zero-page check", None),
+        ("zero-page search", None),
+        ("whole plain sending lane, into a link that discards", Some(0)),
     ]);
     let mut buffer = vec![0_u8; CHUNK_BYTES];
     let flat = vec![7_u8; field.source.len()];
     for _ in 0..field.pairs {
         rows[0].rates.push(field.rate_of(|| {
             flat.chunks(CHUNK_BYTES)
-                .for_each(|chunk| buffer[..chunk.len()].copy_from_slice(std::hint::black_box(chunk)));
+                .for_each(|chunk| buffer[..chunk.len()].copy_from_slice(black_box(chunk)));
             Ok(())
         })?);
         rows[1].rates.push(field.rate_of(|| {
             field.chunks().for_each(|chunk| {
-                std::hint::black_box(field.source_ram.gather(chunk, u64::MAX, &mut buffer));
+                black_box(field.source_ram.gather(chunk, u64::MAX, &mut buffer));
             });
             Ok(())
         })?);
-        rows[2].rates.push(field.rate_of(|| {
-            let data: u64 = field
-                .chunks()
-                .map(|chunk| u64::from(field.source_ram.data_pages(chunk, u64::MAX).count_ones()))
-                .sum();
-            anyhow::ensure!(data > 0, "the bench's memory holds data");
-            Ok(())
-        })?);
+        rows[2].add(probe::scan(&field.source_ram)?);
+        rows[3].add(probe::page(&field.source_ram, Cipher::Plain)?);
     }
-    finish(output, "page", "one core over guest memory, GB/s", &rows);
+    finish(output, "page", "one core over guest memory", &rows);
     Ok(())
 }
 
-/// A sealed lane without a network against AES-GCM alone.
+/// A sealed sending lane against AES-GCM alone.
 pub(crate) fn seal(args: &PartsArgs, quick: bool, output: &mut Output) -> Result<()> {
     let field = Field::new(args, quick)?;
+    pin(CORES.sender)?;
     let (provider, found) = fastest_provider();
     for (provider, rate) in &found {
         output.say(&format!("{provider:?} measured at start: {rate:.2} GB/s"));
     }
     let cipher = Cipher::Aes256Gcm(provider);
-    let names = [
-        (format!("AES-256-GCM alone ({} records)", ByteSize(CHUNK_BYTES as u64)), None),
-        ("sealed lane over memory, busy core".to_owned(), Some(0)),
-        ("sealed lane over memory, end to end".to_owned(), Some(0)),
-        ("sealed lane over TCP, busy core".to_owned(), Some(0)),
-    ];
-    let mut rows: Vec<Row> =
-        names.into_iter().map(|(name, against)| Row { name, rates: Vec::new(), against }).collect();
+    let mut rows = rows(&[
+        ("AES-256-GCM alone over guest memory, 256 KiB records", None),
+        ("whole sealed sending lane, into a link that discards", Some(0)),
+        ("AES-256-GCM alone over one hot buffer", Some(0)),
+        ("aws-lc-rs by its safe interface over one hot buffer", Some(0)),
+    ]);
     for _ in 0..field.pairs {
-        rows[0].rates.push(on_core(CORES.0, || aes_alone(&field))?);
-        let memory = lane::over_memory(&field.source_ram, &field.target_ram, cipher)?;
-        let tcp = lane::over_tcp(&field.source_ram, &field.target_ram, cipher)?;
-        rows[1].rates.push(memory.busy_rate);
-        rows[2].rates.push(memory.rate);
-        rows[3].rates.push(tcp.busy_rate);
+        rows[0].add(probe::seal(&field.source_ram, cipher)?);
+        rows[1].add(probe::page(&field.source_ram, cipher)?);
+        rows[2].add(probe::seal_hot(field.source.len() as u64, cipher)?);
+        rows[3].rates.push(aes_alone(&field)?);
     }
-    finish(output, "seal", &format!("{cipher}, one lane, GB/s"), &rows);
+    finish(output, "seal", &format!("{cipher}, one core"), &rows);
     Ok(())
 }
 
@@ -145,26 +149,32 @@ pub(crate) fn seal(args: &PartsArgs, quick: bool, output: &mut Output) -> Result
 pub(crate) fn link(args: &PartsArgs, quick: bool, output: &mut Output) -> Result<()> {
     let field = Field::new(args, quick)?;
     let (provider, _) = fastest_provider();
-    let mut rows = rows(&[("bare io_uring loop", None), ("plain lane", Some(0)), ("sealed lane", Some(0))]);
+    let sealed = Cipher::Aes256Gcm(provider);
+    let mut rows = rows(&[
+        ("bare io_uring loop, one hot buffer to nowhere", None),
+        ("bare io_uring loop, memory to memory", Some(0)),
+        ("plain lane", Some(0)),
+        ("sealed lane", Some(0)),
+    ]);
     for _ in 0..field.pairs {
-        rows[0].rates.push(bare(&field)?);
-        rows[1].rates.push(lane::over_tcp(&field.source_ram, &field.target_ram, Cipher::Plain)?.rate);
-        let sealed = lane::over_tcp(&field.source_ram, &field.target_ram, Cipher::Aes256Gcm(provider))?;
-        rows[2].rates.push(sealed.rate);
+        rows[0].add(probe::bare(field.source.len() as u64, CHUNK_BYTES, CORES)?);
+        rows[1].rates.push(bare(&field)?);
+        rows[2].add(probe::lane(&field.source_ram, &field.target_ram, Cipher::Plain, CORES)?);
+        rows[3].add(probe::lane(&field.source_ram, &field.target_ram, sealed, CORES)?);
     }
-    finish(output, "link", "TCP on loopback, one lane, sender and receiver a core each, GB/s", &rows);
+    finish(output, "link", "TCP on loopback, one lane, a core for each end", &rows);
     Ok(())
 }
 
 fn bare(field: &Field) -> Result<f64> {
-    let (near, far) = lane::connected()?;
+    let (near, far) = probe::loopback()?;
     std::thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            pin(CORES.1)?;
+            pin(CORES.receiver)?;
             ring::receive_all(&far, &field.target, CHUNK_BYTES)
         });
         field.rate_of(|| {
-            on_core(CORES.0, || ring::send_all(&near, &field.source, CHUNK_BYTES))?;
+            on_core(CORES.sender, || ring::send_all(&near, &field.source, CHUNK_BYTES))?;
             receiving.join().map_err(|_| anyhow!("the receiving thread panicked"))?
         })
     })
@@ -181,31 +191,32 @@ fn aes_alone(field: &Field) -> Result<f64> {
             let nonce = Nonce::assume_unique_for_key(nonce);
             let sealed = key.seal_in_place_separate_tag(nonce, Aad::empty(), &mut buffer);
             let tag = sealed.map_err(|_| anyhow!("AES-256-GCM refuses to seal"))?;
-            std::hint::black_box(tag.as_ref());
+            black_box(tag.as_ref());
         }
         Ok(())
     })
 }
 
 /// Runs on a thread of its own, pinned to `core`.
-fn on_core<T: Send>(core: usize, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+fn on_core<T: Send>(core: Option<usize>, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(move || pin(core).and_then(|()| work()));
         thread.join().map_err(|_| anyhow!("a measuring thread panicked"))?
     })
 }
 
-fn pin(core: usize) -> Result<()> {
+fn pin(core: Option<usize>) -> Result<()> {
+    let Some(core) = core else { return Ok(()) };
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let mut set = CpuSet::new();
     set.set(core % cores);
     sched_setaffinity(None, &set).context("a thread cannot be pinned here")
 }
 
-fn rows(names: &[(&str, Option<usize>)]) -> Vec<Row> {
+fn rows(names: &[(&'static str, Option<usize>)]) -> Vec<Row> {
     names
         .iter()
-        .map(|(name, against)| Row { name: (*name).to_owned(), rates: Vec::new(), against: *against })
+        .map(|(name, against)| Row { name, rates: Vec::new(), cpu: Vec::new(), against: *against })
         .collect()
 }
 
@@ -213,9 +224,10 @@ fn finish(output: &mut Output, key: &str, title: &str, rows: &[Row]) {
     let lines = rows.iter().map(|row| {
         let ratio =
             row.against.map_or_else(String::new, |raw| cell(Spread::of_ratios(&row.rates, &rows[raw].rates)));
-        vec![row.name.clone(), cell(Spread::of(row.rates.iter().copied())), ratio]
+        let spread = |values: &[f64]| cell(Spread::of(values.iter().copied()));
+        vec![row.name.to_owned(), spread(&row.rates), ratio, spread(&row.cpu)]
     });
     let title = format!("{title} (min / median / max of {} pairs)", rows[0].rates.len());
-    output.table(&title, &["", "GB/s", "of the first row"], lines.collect());
+    output.table(&title, &["", "GB/s", "of the first row", "CPU s/GiB, both ends"], lines.collect());
     output.keep(key, &rows);
 }

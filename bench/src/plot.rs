@@ -31,7 +31,7 @@ pub(crate) fn percentiles(path: &Path, title: &str, all: &[Series]) -> Result<()
         .map_err(|error| anyhow!("{error}"))?;
     chart
         .configure_mesh()
-        .x_labels(8)
+        .x_labels(whole_nines(all) + 1)
         .x_label_formatter(&|nines| format!("{:.4} %", percent(*nines)).replace(".0000", ""))
         .x_desc("percentile")
         .y_desc("ms")
@@ -51,6 +51,12 @@ pub(crate) fn percentiles(path: &Path, title: &str, all: &[Series]) -> Result<()
         .draw()
         .map_err(|error| anyhow!("{error}"))?;
     root.present().map_err(|error| anyhow!("{error}"))
+}
+
+/// How many nines the longest series can tell.
+fn whole_nines(all: &[Series]) -> usize {
+    let most = all.iter().map(|series| series.histogram().len()).max().unwrap_or(1);
+    usize::try_from(most.max(10).ilog10()).unwrap_or(1)
 }
 
 /// (nines, milliseconds) up to the last percentile that this many values can tell.
