@@ -324,6 +324,14 @@ pub struct Framed {
     pub len: usize,
 }
 
+/// How many bytes the first record in what has arrived is short of, at least one: what a receiver may sleep for.
+/// A header that is not there yet, or that would be refused, is short of one.
+pub fn missing(arrived: &[u8], tag_bytes: usize) -> usize {
+    let header = RecordHeader::ref_from_prefix(arrived).ok().and_then(|(header, _)| header.check().ok());
+    let whole = header.map_or(0, |record| HEADER_BYTES + record.body_len() + tag_bytes);
+    whole.saturating_sub(arrived.len()).max(1)
+}
+
 /// Finds the first record in what has arrived: `None` while it is not complete. The header is checked as soon as
 /// it is there, so a bad one is refused without waiting for its body.
 pub fn first_record(arrived: &[u8], tag_bytes: usize) -> Result<Option<Framed>, FrameFault> {
@@ -334,4 +342,85 @@ pub fn first_record(arrived: &[u8], tag_bytes: usize) -> Result<Option<Framed>, 
         return Ok(None);
     }
     Ok(Some(Framed { record, counter: header.counter.get(), len: HEADER_BYTES + tail }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn records() -> [Record; 8] {
+        let chunk = ChunkRecord {
+            chunk: ChunkIndex(7),
+            present: 0b111,
+            data: 0b101,
+            body_len: 8192,
+            compressed: false,
+        };
+        [
+            Record::Chunk(chunk),
+            Record::Chunk(ChunkRecord { body_len: 77, compressed: true, ..chunk }),
+            Record::ZeroRun { first: ChunkIndex(9), count: 4 },
+            Record::State { len: 300 },
+            Record::StateEnd,
+            Record::Sync,
+            Record::End,
+            Record::Credit(Credit { records: 3, bytes: 4096 }),
+        ]
+    }
+
+    #[test]
+    fn every_record_survives_the_wire() {
+        for record in records() {
+            assert_eq!(record.header().check(), Ok(record));
+        }
+    }
+
+    #[test]
+    fn golden_bytes_of_version_1() {
+        let header = RecordHeader { counter: U64::new(5), ..records()[0].header() };
+        let fields: [&[u8]; 11] = [
+            b"vmfy",
+            &[1, 1],
+            &[0, 0],
+            &[5, 0, 0, 0, 0, 0, 0, 0],
+            &[7, 0, 0, 0, 0, 0, 0, 0],
+            &[7, 0, 0, 0, 0, 0, 0, 0],
+            &[5, 0, 0, 0, 0, 0, 0, 0],
+            &[0, 32, 0, 0],
+            &[0, 32, 0, 0],
+            &[0; 8],
+            &[0; 8],
+        ];
+        assert_eq!(header.as_bytes(), fields.concat());
+    }
+
+    #[test]
+    fn no_byte_of_a_header_is_free() {
+        // Whatever single bit is flipped, the header is refused, or means something else.
+        for record in records() {
+            let honest = record.header();
+            for bit in (0..HEADER_BYTES * 8).filter(|bit| !(64..128).contains(bit)) {
+                let mut bytes = [0; HEADER_BYTES];
+                bytes.copy_from_slice(honest.as_bytes());
+                bytes[bit / 8] ^= 1 << (bit % 8);
+                let changed = RecordHeader::read_from_bytes(&bytes).unwrap();
+                assert_ne!(changed.check(), Ok(record), "bit {bit} of {record:?} means nothing");
+            }
+        }
+    }
+
+    #[test]
+    fn a_record_is_found_only_when_it_is_whole() {
+        let mut wire = records()[3].header().as_bytes().to_vec();
+        wire.extend([9; 316]);
+        for len in 0..wire.len() {
+            assert_eq!(first_record(&wire[..len], 16), Ok(None));
+            let short = missing(&wire[..len], 16);
+            assert_eq!(short, if len < 64 { 1 } else { wire.len() - len }, "at {len}");
+        }
+        assert_eq!(first_record(&wire, 16).map(|found| found.map(|framed| framed.len)), Ok(Some(380)));
+        let long = RecordHeader { body_len: U32::new(u32::MAX), ..records()[3].header() };
+        assert_eq!(first_record(long.as_bytes(), 16), Err(FrameFault::TooLong(u32::MAX)));
+        assert_eq!(missing(long.as_bytes(), 16), 1);
+    }
 }

@@ -90,6 +90,10 @@ pub trait Link: Send {
     /// Gives the first `len` arrived bytes back to the link.
     fn consume(&mut self, len: usize);
 
+    /// A hint: nothing can be done here before so many more bytes have arrived, and they are on their way. A link
+    /// that would wake its lane for less may let it sleep.
+    fn expect_bytes(&mut self, more: usize);
+
     /// Moves both directions on, waiting at most `wait` for something to happen. `Ok(false)` when nothing did.
     fn progress(&mut self, wait: Duration) -> Result<bool, LinkTrouble>;
 

@@ -319,6 +319,8 @@ impl Link for NullLink {
 
     fn consume(&mut self, _len: usize) {}
 
+    fn expect_bytes(&mut self, _more: usize) {}
+
     fn progress(&mut self, _wait: Duration) -> Result<bool, LinkTrouble> {
         Ok(false)
     }

@@ -100,3 +100,72 @@ impl DirtyLog for SoftDirtyLog {
         "soft-dirty"
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+    use crate::page::PageIndex;
+
+    struct Counting(Arc<AtomicU32>, bool);
+
+    impl Halt for Counting {
+        fn halt(&mut self) -> Result<(), String> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            if self.1 { Ok(()) } else { Err("busy".into()) }
+        }
+
+        fn release(&mut self) {
+            self.0.fetch_add(100, Ordering::Relaxed);
+        }
+    }
+
+    /// A page map of a process that is not there: entries in a file, and a file that takes the clearing.
+    fn log(entries: &[u64], halts: bool) -> (SoftDirtyLog, File, Arc<AtomicU32>) {
+        let (pagemap, clear_refs) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
+        pagemap.write_all_at(&bytes, 16).unwrap();
+        let area = WatchedArea { address: 8192, len: entries.len() as u64 * 4096, first_page: PageIndex(3) };
+        let (calls, cleared) = (Arc::new(AtomicU32::new(0)), clear_refs.try_clone().unwrap());
+        let halt = Box::new(Counting(Arc::clone(&calls), halts));
+        (SoftDirtyLog::new(pagemap, clear_refs, vec![area], halt), cleared, calls)
+    }
+
+    #[test]
+    fn dirty_and_unmapped_pages_count_and_clean_ones_do_not() {
+        let (mut log, cleared, calls) =
+            log(&[PRESENT, PRESENT | SOFT_DIRTY, SWAPPED, SWAPPED | SOFT_DIRTY, 0], true);
+        let mut set = PageSet::with_chunks(1);
+        log.collect(&mut set).unwrap();
+        assert_eq!(set.words(), [0b11010 << 3]);
+        assert_eq!(calls.load(Ordering::Relaxed), 101, "halted once, released once");
+        assert_eq!(cleared.metadata().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn more_entries_than_one_read_holds() {
+        let entries: Vec<u64> = (0..20_000).map(|n| if n % 7 == 0 { SOFT_DIRTY } else { PRESENT }).collect();
+        let (mut log, ..) = log(&entries, true);
+        let mut set = PageSet::with_chunks(400);
+        log.collect(&mut set).unwrap();
+        assert_eq!(set.count(), PageCount(20_000_u64.div_ceil(7)));
+        assert!(set.contains(PageIndex(3 + 7 * 2857)));
+    }
+
+    #[test]
+    fn without_a_halt_nothing_is_cleared() {
+        let (mut log, cleared, calls) = log(&[PRESENT], false);
+        assert!(matches!(log.collect(&mut PageSet::with_chunks(1)), Err(TrackError::NotHalted(_))));
+        assert_eq!((cleared.metadata().unwrap().len(), calls.load(Ordering::Relaxed)), (0, 1));
+    }
+
+    #[test]
+    fn a_process_that_is_gone_is_an_error_and_is_released() {
+        let (mut log, cleared, calls) = log(&[PRESENT], true);
+        log.areas[0].len = 1 << 20;
+        assert!(matches!(log.collect(&mut PageSet::with_chunks(9)), Err(TrackError::GuestChanged { .. })));
+        assert_eq!((cleared.metadata().unwrap().len(), calls.load(Ordering::Relaxed)), (0, 101));
+    }
+}

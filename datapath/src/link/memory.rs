@@ -167,6 +167,8 @@ impl Link for MemoryLink {
         self.head = self.tail.min(self.head + len);
     }
 
+    fn expect_bytes(&mut self, _more: usize) {}
+
     fn progress(&mut self, wait: Duration) -> Result<bool, LinkTrouble> {
         let moved = self.pump()?;
         if moved || wait.is_zero() {

@@ -10,7 +10,7 @@
 //! ring waits for its operations before it lets go, and rather leaks the memory than unmaps it under an operation.
 #![expect(unsafe_code, reason = "maps and registers buffers, and hands their addresses to the kernel")]
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::{NonNull, null_mut};
 use std::time::Duration;
 
@@ -59,6 +59,8 @@ impl Drop for Mapped {
 /// The ring, the registered buffers, and what is in flight on them.
 pub(crate) struct Ring {
     uring: IoUring,
+    socket: RawFd,
+    low_water: i32,
     slots: Option<Mapped>,
     receive: Option<Mapped>,
     plan: LinkPlan,
@@ -104,6 +106,8 @@ impl Ring {
         let registered = unsafe { uring.submitter().register_buffers(&[iovec]) }.is_ok();
         Ok(Ring {
             uring,
+            socket: socket.as_raw_fd(),
+            low_water: 1,
             slots: Some(slots),
             receive: Some(receive),
             plan,
@@ -114,6 +118,21 @@ impl Ring {
             head: 0,
             tail: 0,
         })
+    }
+
+    /// Wakes a waiting receive only when so many bytes are there. Fewer wake-ups are the only effect: bytes that are
+    /// there when a receive is posted are handed out at once.
+    pub(crate) fn set_low_water(&mut self, bytes: usize) {
+        let Ok(value) = i32::try_from(bytes.max(1)) else { return };
+        if value == self.low_water {
+            return;
+        }
+        let (level, name, len) = (libc::SOL_SOCKET, libc::SO_RCVLOWAT, INT_BYTES);
+        // SAFETY: the option takes an int, and `value` is one. The socket is open as long as the link that owns us.
+        let set = unsafe { libc::setsockopt(self.socket, level, name, (&raw const value).cast(), len) };
+        if set == 0 {
+            self.low_water = value;
+        }
     }
 
     /// Whether the slots are registered, as zero-copy needs.
@@ -280,6 +299,8 @@ const SEND: u64 = 1 << 32;
 const SEND_ZC: u64 = 2 << 32;
 const RECEIVE: u64 = 3 << 32;
 const SLOT_MASK: u64 = (1 << 32) - 1;
+/// The size of an `int`, as `setsockopt` wants it.
+const INT_BYTES: libc::socklen_t = 4;
 const DRAIN_ROUNDS: u32 = 20;
 const DRAIN_WAIT: Duration = Duration::from_millis(50);
 

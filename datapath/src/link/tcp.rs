@@ -2,7 +2,7 @@
 //!
 //! Sends are queued here and given to the kernel one at a time, because two sends in flight on one socket may
 //! overtake each other when the first comes up short. One receive is always posted into the free part of the
-//! receive ring.
+//! receive ring. A lane that waits for the rest of a long record is woken once for it, not once for each segment.
 
 use std::collections::VecDeque;
 use std::net::{Shutdown, TcpStream};
@@ -16,6 +16,9 @@ use super::ring::{Done, Ring, errno_of};
 use super::zero_copy::{SendHow, Trial};
 use super::{Breaker, Link, LinkPlan, LinkTrouble};
 use crate::error::LinkFault;
+
+/// The most bytes to sleep for: less than any receive buffer, so that the peer can always send them.
+const LOW_WATER_MAX: usize = 128 << 10;
 
 /// A slot on its way: how much of it was sent, and how.
 #[derive(Clone, Copy, Debug)]
@@ -199,6 +202,12 @@ impl Link for TcpLink {
     fn consume(&mut self, len: usize) {
         if let Some(ring) = self.ring.as_mut() {
             ring.consume(len);
+        }
+    }
+
+    fn expect_bytes(&mut self, more: usize) {
+        if let Some(ring) = self.ring.as_mut() {
+            ring.set_low_water(more.min(LOW_WATER_MAX));
         }
     }
 

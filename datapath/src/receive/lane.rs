@@ -15,7 +15,7 @@ use zstd::bulk::Decompressor;
 
 use super::state_pipe::StatePipe;
 use crate::error::{DataError, LinkFault};
-use crate::frame::{ChunkRecord, Credit, FrameFault, Framed, Kind, Record, first_record};
+use crate::frame::{ChunkRecord, Credit, FrameFault, Framed, Kind, Record, first_record, missing};
 use crate::guest_ram::{GuestRam, RamError};
 use crate::lane::LaneKit;
 use crate::limits::{CREDIT_EVERY_BYTES, IDLE};
@@ -89,6 +89,8 @@ impl ReceiveLane {
         loop {
             self.take_all()?;
             self.give_credit()?;
+            let short = missing(self.kit.link.arrived(), self.kit.opener.tag_bytes());
+            self.kit.link.expect_bytes(short);
             match self.kit.progress(IDLE) {
                 Ok(_) => {}
                 Err(DataError::LinkLost { fault: LinkFault::Closed, .. }) if self.ending.get().is_some() => {

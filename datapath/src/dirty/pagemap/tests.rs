@@ -50,14 +50,18 @@ impl Watched {
         let features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
         let mut api = uffdio_api { api: u64::from(UFFD_API), features: u64::from(features), ioctls: 0 };
         // SAFETY: UFFDIO_API takes this struct.
-        let greeted = unsafe { ioctl(fd.as_fd(), Updater::<{ UFFDIO_API }, _>::new(&mut api)) };
+        let call = unsafe { Updater::<{ UFFDIO_API }, _>::new(&mut api) };
+        // SAFETY: as above.
+        let greeted = unsafe { ioctl(fd.as_fd(), call) };
         if greeted.is_err() {
             return skip("no asynchronous write protection (Linux 6.7)");
         }
         let range = uffdio_range { start: base.expose_provenance() as u64, len: len as u64 };
         let mut register = uffdio_register { range, mode: u64::from(UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
         // SAFETY: UFFDIO_REGISTER takes this struct, and the range is ours.
-        unsafe { ioctl(fd.as_fd(), Updater::<{ UFFDIO_REGISTER }, _>::new(&mut register)) }.unwrap();
+        let call = unsafe { Updater::<{ UFFDIO_REGISTER }, _>::new(&mut register) };
+        // SAFETY: as above.
+        unsafe { ioctl(fd.as_fd(), call) }.unwrap();
         let area = WatchedArea { address: range.start, len: range.len, first_page: PageIndex(64) };
         let log = PagemapLog::new(File::open("/proc/self/pagemap").unwrap(), fd, vec![area]);
         Some(Watched { base: base.cast(), len, log })
@@ -66,7 +70,9 @@ impl Watched {
     fn write(&self, page: u64) {
         let at = usize::try_from(page).unwrap() * PAGE_BYTES;
         // SAFETY: tests stay inside the mapping.
-        unsafe { self.base.add(at).write_volatile(1) };
+        let byte = unsafe { self.base.add(at) };
+        // SAFETY: as above.
+        unsafe { byte.write_volatile(1) };
     }
 }
 
