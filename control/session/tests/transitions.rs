@@ -404,3 +404,66 @@ fn a_target_runs_its_guest_only_when_told_to() {
         }
     }
 }
+
+/// A number from a seed (splitmix64).
+fn dice(state: &mut u64, bound: usize) -> usize {
+    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    usize::try_from((z ^ (z >> 31)) % u64::try_from(bound).unwrap()).unwrap()
+}
+
+/// Any events at all, in any order, also such as no honest driver posts: no panic, nothing after the end, and a
+/// sealed guest is resumed by nothing but the target's proof.
+#[test]
+fn no_sequence_of_events_confuses_the_source() {
+    for seed in 0..400 {
+        let mut luck = seed;
+        let start = dice(&mut luck, source_paths().len());
+        let mut state = source_state(source_paths().remove(start).1);
+        let mut sealed = false;
+        for _ in 0..80 {
+            let mut events = source_events();
+            let (name, event, now) = events.swap_remove(dice(&mut luck, events.len()));
+            let was_over = state.outcome().is_some();
+            sealed |= matches!(state, SourceState::InDoubt(_));
+            let (next, actions) = state.step(event, now);
+            assert!(!was_over || actions.is_empty(), "seed {seed}: {name} after the end: {actions:?}");
+            let resumes = actions.iter().any(|action| matches!(action, SourceAction::Resume(_)));
+            assert!(
+                !(sealed && resumes) || name == "«NeverRan»",
+                "seed {seed}: {name} resumed a sealed guest"
+            );
+            sealed &= !resumes && !matches!(next, SourceState::Ended(_));
+            state = next;
+        }
+    }
+}
+
+/// The same for the target: it runs its guest at most once, and never says NeverRan after that.
+#[test]
+fn no_sequence_of_events_confuses_the_target() {
+    for seed in 0..400 {
+        let mut luck = seed;
+        let start = dice(&mut luck, target_paths().len());
+        let mut state = target_state(target_paths().remove(start).1);
+        let mut runs = u32::from(matches!(state, TargetState::Starting(_)));
+        let mut surely_not = false;
+        for _ in 0..80 {
+            let mut events = target_events();
+            let (name, event, now) = events.swap_remove(dice(&mut luck, events.len()));
+            let was_over = state.outcome().is_some();
+            surely_not |= name == "RunFailed: did not run" && matches!(state, TargetState::Starting(_));
+            let (next, actions) = state.step(event, now);
+            assert!(!was_over || actions.is_empty(), "seed {seed}: {name} after the end: {actions:?}");
+            for action in &actions {
+                runs += u32::from(matches!(action, TargetAction::Run(_)));
+                let denies = matches!(action, TargetAction::Send(Message::NeverRan { .. }));
+                assert!(!denies || runs == 0 || surely_not, "seed {seed}: {name} made it deny what it ran");
+            }
+            assert!(runs <= 1, "seed {seed}: {name} ran the guest again");
+            state = next;
+        }
+    }
+}

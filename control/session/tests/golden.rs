@@ -1,0 +1,90 @@
+//! The bytes of protocol version 1, as shipped: what this build writes, and what it must read for ever.
+//!
+//! A new version adds a file; `UPDATE_GOLDEN=1` writes the file of the newest one, never an older one.
+
+#![expect(clippy::unwrap_used, reason = "a test: a panic is its failure")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use vmferry_datapath::{ByteLen, RamBlock, RamLayout};
+use vmferry_session::*;
+
+fn messages() -> Vec<Message> {
+    let attempt = AttemptId::from_bytes(*b"0123456789abcdef");
+    let block = |name: &str, page_bytes| RamBlock { name: name.into(), len: ByteLen(2 << 20), page_bytes };
+    let guest = GuestFacts {
+        kind: "qemu".into(),
+        name: "a".into(),
+        facts: BTreeMap::from([("machine".into(), "pc-q35-10.0".into())]),
+        layout: RamLayout::new(vec![block("m0", 4096), block("m1", 2 << 20)]).unwrap(),
+    };
+    let offer = Offer {
+        attempt,
+        versions: vec![1],
+        ciphers: vec![CipherSuite::Aes256Gcm, CipherSuite::Plaintext],
+        compressions: vec![CompressionMode::Zstd, CompressionMode::Off],
+        lanes: 2,
+        verify: true,
+        guest,
+    };
+    let agreement = Agreement {
+        attempt,
+        version: 1,
+        cipher: CipherSuite::Aes256Gcm,
+        compression: CompressionMode::Off,
+        lanes: 2,
+        verify: true,
+    };
+    let totals = FinalTotals {
+        lanes: vec![
+            LaneTally { lane: 0, records: 3, bytes: 4096 },
+            LaneTally { lane: 1, records: 1, bytes: 0 },
+        ],
+        state_bytes: 300_000,
+        digest: Some("00ff".into()),
+    };
+    let times = TargetTimes { complete_us: 1, load_us: 2, run_us: 3 };
+    let reason = || AbortReason::new(AbortKind::HostRefused, "the host refused");
+    vec![
+        Message::Offer(Box::new(offer)),
+        Message::Answer(agreement),
+        Message::Refuse(AbortReason::new(AbortKind::Plaintext, "this side wants TLS")),
+        Message::Final(totals),
+        Message::Ready(times),
+        Message::Commit,
+        Message::Running(times),
+        Message::NeverRan { attempt, reason: reason() },
+        Message::Unknown { attempt },
+        Message::Ask { attempt },
+        Message::Heard,
+        Message::Abort(reason()),
+        Message::Ping(1),
+        Message::Pong(u64::MAX),
+    ]
+}
+
+/// One message a line: the length in hexadecimal, a blank, the JSON.
+fn as_line(bytes: &[u8]) -> String {
+    let (length, json) = bytes.split_at(4);
+    let length: String = length.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("{length} {}\n", std::str::from_utf8(json).unwrap())
+}
+
+#[test]
+fn version_1_is_written_and_read_as_shipped() {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1.txt");
+    let written: String = messages().iter().map(|message| as_line(&encode(message).unwrap())).collect();
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&path, &written).unwrap();
+    }
+    let shipped = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(written, shipped, "the wire format changed: that is a new protocol version, not a new file");
+    for (line, message) in shipped.lines().zip(messages()) {
+        let (length, json) = line.split_once(' ').unwrap();
+        let mut decoder = Decoder::default();
+        decoder.push(&u32::from_str_radix(length, 16).unwrap().swap_bytes().to_le_bytes());
+        decoder.push(json.as_bytes());
+        assert_eq!(decoder.next_message(), Ok(Some(message)));
+    }
+}
