@@ -42,6 +42,10 @@ fn main() {
         run("bare64k", &|| probe::bare(1 << 30, 64 << 10, cpus));
         run("bare", &|| probe::bare(1 << 30, 256 << 10, cpus));
         run("lane_plain", &|| probe::lane(&source, &target, Cipher::Plain, cpus));
+        run("fresh_plain", &|| {
+            target.discard_all().expect("a discard");
+            probe::lane(&source, &target, Cipher::Plain, cpus)
+        });
         run("lane_sealed", &|| probe::lane(&source, &target, sealed, cpus));
         println!();
     }

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use crate::frame::FrameFault;
+use crate::guest_ram::RamError;
 
 /// Who is to blame for an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,6 +75,25 @@ pub enum LinkFault {
     /// The kernel reported an error on it.
     #[error("the connection failed: {0}")]
     Failed(#[source] Errno),
+}
+
+impl From<RamError> for DataError {
+    /// The receiver checks every page before it writes, so all but the kernel's refusals are bugs.
+    fn from(error: RamError) -> DataError {
+        match error {
+            RamError::HostRefused { service: _, block: _, errno } => DataError::HostRefused {
+                service: "write the guest's memory",
+                fix: "make room for all of it (free memory, the size of /dev/shm) and run vmferry as the VMM's user",
+                errno,
+            },
+            RamError::FileCount { .. }
+            | RamError::FileTooShort { .. }
+            | RamError::NoSuchPage { .. }
+            | RamError::ReadOnly => {
+                DataError::Bug("the guest's memory was not mapped as the receiver needs it")
+            }
+        }
+    }
 }
 
 impl DataError {

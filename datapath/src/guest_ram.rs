@@ -14,9 +14,10 @@
 use std::fs::File;
 use std::marker::PhantomData;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstat, seek};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, fstat, fstatfs, seek};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use thiserror::Error;
@@ -90,11 +91,16 @@ pub enum RamError {
     ReadOnly,
 }
 
+/// hugetlbfs, as `fstatfs` names it.
+const HUGETLBFS_MAGIC: rustix::fs::FsWord = 0x9584_58f6;
+
 /// One mapped block.
 struct Mapping {
     base: NonNull<u8>,
     len: usize,
     file: RamFile,
+    /// Whether the file takes `write`: hugetlbfs does not.
+    file_writes: bool,
 }
 
 /// All RAM blocks of a guest, mapped shared into this process.
@@ -178,7 +184,8 @@ impl GuestRam {
         let base = unsafe { mmap(hint, len, prot, flags, &file.file, file.offset) };
         let base = base.map_err(refused("map"))?;
         let base = NonNull::new(base.cast::<u8>()).ok_or_else(|| refused("map")(Errno::FAULT))?;
-        Ok(Mapping { base, len, file })
+        let file_writes = fstatfs(&file.file).is_ok_and(|fs| fs.f_type != HUGETLBFS_MAGIC);
+        Ok(Mapping { base, len, file, file_writes })
     }
 
     /// The blocks and the page space.
@@ -310,6 +317,30 @@ impl GuestRam {
         Ok(true)
     }
 
+    /// The same for pages that nobody wrote before, through the file instead of the mapping: the kernel then need not
+    /// zero each page and map it here before it is overwritten, and a full file system is an error instead of a
+    /// signal. Huge page files cannot be written, so theirs go through the mapping.
+    pub fn write_fresh_pages(&self, chunk: ChunkIndex, mask: u64, body: &[u8]) -> Result<bool, RamError> {
+        let Some((map, offset)) = self.writable(chunk, mask)? else { return Ok(false) };
+        if !map.file_writes {
+            return self.write_pages(chunk, mask, body);
+        }
+        if body.len() != mask.count_ones() as usize * PAGE_BYTES {
+            return Ok(false);
+        }
+        let mut rest = body;
+        for (first, count) in runs(mask) {
+            let (now, later) = rest.split_at(count as usize * PAGE_BYTES);
+            rest = later;
+            let at = map.file.offset + (offset + first as usize * PAGE_BYTES) as u64;
+            map.file.file.write_all_at(now, at).map_err(|error| {
+                let block = self.layout.locate(chunk).map_or(0, |(block, _)| block);
+                self.refused("write to", block, Errno::from_io_error(&error).unwrap_or(Errno::IO))
+            })?;
+        }
+        Ok(true)
+    }
+
     /// Zeroes the pages of `mask`; `false`, with nothing written, when one of them does not exist.
     pub fn zero_pages(&self, chunk: ChunkIndex, mask: u64) -> Result<bool, RamError> {
         let Some((map, offset)) = self.writable(chunk, mask)? else { return Ok(false) };
@@ -403,106 +434,4 @@ fn is_zero<const WORDS: usize>(page: *const u8, from: usize, to: usize) -> bool 
 const _: () = assert!(CHUNK_BYTES == CHUNK_PAGES * PAGE_BYTES);
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::FileExt;
-
-    use super::*;
-    use crate::layout::RamBlock;
-
-    fn two_blocks() -> (RamLayout, File) {
-        let blocks = [("a", 70), ("b", 3)];
-        let blocks = blocks.map(|(name, pages)| RamBlock {
-            name: name.into(),
-            len: ByteLen(pages * 4096),
-            page_bytes: 4096,
-        });
-        let file = tempfile::tempfile_in("/dev/shm").unwrap();
-        file.set_len(100 * 4096).unwrap();
-        (RamLayout::new(blocks.to_vec()).unwrap(), file)
-    }
-
-    fn files(file: &File) -> Vec<RamFile> {
-        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
-        let open = || File::options().read(true).write(true).open(&path).unwrap();
-        vec![RamFile { file: open(), offset: 4096 }, RamFile { file: open(), offset: 80 * 4096 }]
-    }
-
-    #[test]
-    fn pages_lie_where_the_layout_says_and_holes_stay_holes() {
-        let (layout, file) = two_blocks();
-        file.write_all_at(&[7; 4096], 4096 * (1 + 69)).unwrap();
-        file.write_all_at(&[9; 4096], 4096 * 82).unwrap();
-        file.write_all_at(&[1; 4096], 0).unwrap();
-        let ram = GuestRam::map(layout, files(&file), Access::ReadWrite).unwrap();
-        let populated = ram.populated().unwrap();
-        assert_eq!(
-            populated.iter_chunks().collect::<Vec<_>>(),
-            vec![(ChunkIndex(1), 1 << 5), (ChunkIndex(2), 0b100)]
-        );
-        let mut page = [0; 4096];
-        ram.read_page(PageIndex(69), &mut page).unwrap();
-        assert_eq!(page, [7; 4096]);
-        ram.read_page(PageIndex(130), &mut page).unwrap();
-        assert_eq!(page, [9; 4096]);
-        assert_eq!(
-            ram.read_page(PageIndex(131), &mut page),
-            Err(RamError::NoSuchPage { page: PageIndex(131) })
-        );
-        ram.discard_all().unwrap();
-        assert!(ram.populated().unwrap().is_empty());
-        let mut outside = [0; 1];
-        file.read_exact_at(&mut outside, 0).unwrap();
-        assert_eq!(outside, [1], "the discard went past the block");
-    }
-
-    #[test]
-    fn what_does_not_fit_is_not_written() {
-        let (layout, file) = two_blocks();
-        let ram = GuestRam::map(layout.clone(), files(&file), Access::ReadWrite).unwrap();
-        assert_eq!(ram.write_pages(ChunkIndex(2), 0b1001, &[1; 8192]), Ok(false));
-        assert_eq!(ram.write_pages(ChunkIndex(2), 0b101, &[1; 4096]), Ok(false));
-        assert_eq!(ram.zero_pages(ChunkIndex(9), 1), Ok(false));
-        assert!(ram.populated().unwrap().is_empty());
-        assert_eq!(ram.write_pages(ChunkIndex(2), 0b101, &[1; 8192]), Ok(true));
-        assert_eq!(ram.data_pages(ChunkIndex(2), 0b111), 0b101);
-        assert_eq!(ram.zero_pages(ChunkIndex(2), 0b001), Ok(true));
-        assert_eq!(ram.data_pages(ChunkIndex(2), 0b111), 0b100);
-        assert!(ram.pages(ChunkIndex(1), 5, 2).is_none(), "a range crossed the end of its block");
-        let read_only = GuestRam::map(layout, files(&file), Access::ReadOnly).unwrap();
-        assert_eq!(read_only.write_pages(ChunkIndex(2), 1, &[1; 4096]), Err(RamError::ReadOnly));
-        assert_eq!(read_only.discard_all(), Err(RamError::ReadOnly));
-    }
-
-    #[test]
-    fn one_byte_anywhere_makes_a_page_data() {
-        let (layout, file) = two_blocks();
-        let ram = GuestRam::map(layout, files(&file), Access::ReadWrite).unwrap();
-        for at in 0..PAGE_BYTES {
-            let mut page = [0; PAGE_BYTES];
-            page[at] = 1;
-            ram.write_page(PageIndex(65), &page).unwrap();
-            assert_eq!(ram.data_pages(ChunkIndex(1), 0b111), 0b010, "byte {at}");
-        }
-        ram.write_page(PageIndex(65), &[0; PAGE_BYTES]).unwrap();
-        assert_eq!(ram.data_pages(ChunkIndex(1), 0b111), 0);
-    }
-
-    #[test]
-    fn a_short_file_is_refused_before_it_kills_us() {
-        let (layout, file) = two_blocks();
-        file.set_len(82 * 4096).unwrap();
-        let refused = GuestRam::map(layout, files(&file), Access::ReadOnly);
-        assert!(matches!(refused.err(), Some(RamError::FileTooShort { .. })));
-    }
-
-    #[test]
-    fn runs_and_bits_cover_the_word() {
-        for word in [0, 1, u64::MAX, 1 << 63, 0xf0f0_0000_0000_000f, 0b1011] {
-            let from_runs =
-                runs(word).fold(0, |all, (first, count)| (first..first + count).fold(all, |w, b| w | 1 << b));
-            assert_eq!(from_runs, word);
-            assert_eq!(bits(word).fold(0, |all, bit| all | 1 << bit), word);
-        }
-        assert_eq!(runs(0b1011).collect::<Vec<_>>(), vec![(0, 2), (3, 1)]);
-    }
-}
+mod tests;

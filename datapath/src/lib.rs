@@ -10,6 +10,7 @@
 //! same lane (its chunk number modulo the lanes), so a newer copy can never be overtaken by an older one. What to
 //! send and when is decided elsewhere; here is only *how*.
 
+pub mod compression;
 pub mod digest;
 pub mod dirty;
 pub mod error;
@@ -31,6 +32,7 @@ pub mod send;
 #[cfg(test)]
 mod testing;
 
+pub use compression::CompressionSample;
 pub use digest::{BlockDigest, RamDigest};
 pub use dirty::combined::CombinedLog;
 pub use dirty::departing::DepartingLog;
@@ -45,7 +47,7 @@ pub use layout::{LayoutError, RAM_BLOCKS_MAX, RamBlock, RamLayout};
 pub use link::Link;
 pub use link::memory::MemoryLink;
 pub use link::tcp::TcpLink;
-pub use meter::{LaneMeter, Meter};
+pub use meter::{LaneMeter, Meter, MeterReader};
 pub use page::{ByteLen, CHUNK_BYTES, CHUNK_PAGES, ChunkIndex, PAGE_BYTES, PageCount, PageIndex};
 pub use page_set::PageSet;
 pub use receive::{Receiver, StateStream};

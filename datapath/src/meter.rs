@@ -112,6 +112,21 @@ fn nanos(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Reads the meters of a sender or receiver that is busy.
+#[derive(Clone, Debug)]
+pub struct MeterReader(Vec<Arc<LaneGauge>>);
+
+impl MeterReader {
+    pub(crate) fn new(gauges: Vec<Arc<LaneGauge>>) -> MeterReader {
+        MeterReader(gauges)
+    }
+
+    /// What was done so far.
+    pub fn read(&self) -> Meter {
+        Meter::read(&self.0)
+    }
+}
+
 impl Meter {
     pub(crate) fn read(gauges: &[Arc<LaneGauge>]) -> Meter {
         let lanes: Vec<LaneMeter> = gauges.iter().map(|gauge| gauge.read()).collect();

@@ -157,7 +157,7 @@ pub fn page(ram: &Arc<GuestRam>, cipher: Cipher) -> Result<Measured, DataError> 
     let mut crew = Crew::muster(vec![end], cipher, SEND_LINK, move |_| {
         let (ram, told) = (Arc::clone(&ram), Arc::clone(&told));
         move |kit| {
-            let body = BodyMaker::new(Compression::Off, None)?;
+            let body = BodyMaker::new(Compression::Off, None, Arc::default())?;
             let mut lane = SendLane::new(kit, Arc::clone(&ram), body, Arc::new(AtomicU64::new(0)), u64::MAX);
             let measured = timed(bytes, || sweep(&mut lane, &ram))?;
             if let Ok(mut told) = told.lock() {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::error::DataError;
 use crate::frame::{Credit, FrameFault};
-use crate::guest_ram::{GuestRam, RamError};
+use crate::guest_ram::GuestRam;
 use crate::lane::{Crew, Fate, LaneEnd};
 use crate::limits::{CREDIT_SLOTS, RECEIVE_BYTES};
 use crate::link::LinkPlan;
@@ -44,7 +44,7 @@ impl Receiver {
         lanes: Vec<LaneEnd>,
         cipher: Cipher,
     ) -> Result<(Receiver, StateStream), DataError> {
-        let populated = ram.populated().map_err(|error| refusal(&error))?;
+        let populated = ram.populated()?;
         let (written, state) = (Arc::new(Written::new(&populated)), StatePipe::new());
         let mut endings = Vec::with_capacity(lanes.len());
         let (all, pipe) = (&mut endings, Arc::clone(&state));
@@ -114,19 +114,6 @@ impl Receiver {
 fn end_state(pipe: &StatePipe, fate: &Fate, failure: &DataError) {
     fate.fail(failure.clone());
     pipe.end(Err(fate.cause()));
-}
-
-/// Why the target's memory could not be looked at.
-fn refusal(error: &RamError) -> DataError {
-    match *error {
-        RamError::HostRefused { service, errno, .. } => {
-            DataError::HostRefused { service, fix: "run vmferry as root or as the user of the VMM", errno }
-        }
-        RamError::FileCount { .. }
-        | RamError::FileTooShort { .. }
-        | RamError::NoSuchPage { .. }
-        | RamError::ReadOnly => DataError::Bug("the target's memory could not be looked at"),
-    }
 }
 
 impl Drop for Receiver {

@@ -8,7 +8,7 @@
 //! for longer by a stuck peer. What must never happen: a page on two lanes; the lane follows from the address.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossbeam_channel::{RecvTimeoutError, SendTimeoutError, Sender as Queue, bounded};
 use serde::{Deserialize, Serialize};
@@ -74,6 +74,7 @@ pub struct Sender {
     ram: Arc<GuestRam>,
     hashes: Option<Arc<SentHashes>>,
     rate: Arc<AtomicU64>,
+    compressing: Arc<AtomicBool>,
     ended: bool,
 }
 
@@ -91,17 +92,19 @@ impl Sender {
     pub fn start(ram: Arc<GuestRam>, lanes: Vec<LaneEnd>, plan: SendPlan) -> Result<Sender, DataError> {
         let hashes = plan.keep_hashes.then(|| Arc::new(SentHashes::new(ram.layout())));
         let rate = Arc::new(AtomicU64::new(share(plan.rate_limit, lanes.len())));
+        let compressing = Arc::new(AtomicBool::new(true));
         let mut queues = Vec::with_capacity(lanes.len());
         let crew = Crew::muster(lanes, plan.cipher, SEND_LINK, |_| {
             let (queue, orders) = bounded(LANE_ORDERS);
             queues.push(queue);
             let (ram, rate, hashes) = (Arc::clone(&ram), Arc::clone(&rate), hashes.clone());
+            let compressing = Arc::clone(&compressing);
             move |kit| {
-                let body = BodyMaker::new(plan.compression, hashes)?;
+                let body = BodyMaker::new(plan.compression, hashes, compressing)?;
                 SendLane::new(kit, ram, body, rate, WINDOW_BYTES).run(&orders)
             }
         })?;
-        Ok(Sender { queues, crew, ram, hashes, rate, ended: false })
+        Ok(Sender { queues, crew, ram, hashes, rate, compressing, ended: false })
     }
 
     /// Sends the pages of a set. `go_on` is asked every few milliseconds; after `Ok(false)`, when it said no, some
@@ -167,6 +170,17 @@ impl Sender {
     /// Changes the rate limit, all lanes together.
     pub fn set_rate_limit(&self, bytes_per_s: Option<u64>) {
         self.rate.store(share(bytes_per_s, self.queues.len()), Ordering::Relaxed);
+    }
+
+    /// A handle that reads the meters while a set is being sent.
+    pub fn meter_reader(&self) -> MeterReader {
+        MeterReader::new(self.crew.gauges.clone())
+    }
+
+    /// Turns the compression of the plan off and on again, from the next record on; without one in the plan it does
+    /// nothing. Shared, so that it can be turned while a set is being sent.
+    pub fn compression_switch(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.compressing)
     }
 
     /// Closes every link and ends every lane at once, also when the peer is stuck.

@@ -218,14 +218,14 @@ fn expand<'a>(
 /// Why a record was not written.
 pub(crate) enum Refusal {
     Peer(FrameFault),
-    Ours(&'static str),
+    Ours(DataError),
 }
 
 impl Refusal {
     fn on_lane(self, lane: u16) -> DataError {
         match self {
             Refusal::Peer(fault) => DataError::PeerMisbehaved { lane, fault },
-            Refusal::Ours(bug) => DataError::Bug(bug),
+            Refusal::Ours(error) => error,
         }
     }
 }
@@ -249,9 +249,14 @@ impl Target<'_> {
         }
         self.zero(chunk, record.present & !record.data)?;
         if record.data != 0 {
-            done(&self.ram.write_pages(chunk, record.data, body))?;
             let word = self.written.word(chunk).ok_or(Refusal::Peer(FrameFault::NoSuchPage))?;
-            word.store(word.load(Ordering::Relaxed) | record.data, Ordering::Relaxed);
+            let written = word.load(Ordering::Relaxed);
+            done(if written & record.data == 0 {
+                self.ram.write_fresh_pages(chunk, record.data, body)
+            } else {
+                self.ram.write_pages(chunk, record.data, body)
+            })?;
+            word.store(written | record.data, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -279,14 +284,14 @@ impl Target<'_> {
     fn zero(&self, chunk: ChunkIndex, pages: u64) -> Result<(), Refusal> {
         let word = self.written.word(chunk).ok_or(Refusal::Peer(FrameFault::NoSuchPage))?;
         let touched = pages & word.load(Ordering::Relaxed);
-        if touched == 0 { Ok(()) } else { done(&self.ram.zero_pages(chunk, touched)) }
+        if touched == 0 { Ok(()) } else { done(self.ram.zero_pages(chunk, touched)) }
     }
 }
 
-fn done(outcome: &Result<bool, RamError>) -> Result<(), Refusal> {
+fn done(outcome: Result<bool, RamError>) -> Result<(), Refusal> {
     match outcome {
         Ok(true) => Ok(()),
-        Ok(false) => Err(Refusal::Ours("a checked page did not fit the guest")),
-        Err(_) => Err(Refusal::Ours("the target's memory was mapped for reading only")),
+        Ok(false) => Err(Refusal::Ours(DataError::Bug("a checked page did not fit the guest"))),
+        Err(error) => Err(Refusal::Ours(DataError::from(error))),
     }
 }

@@ -1,7 +1,7 @@
 //! How the pages of a chunk become the body of a record: decided once, when the lane starts.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::io::Errno;
 use xxhash_rust::xxh3::xxh3_64;
@@ -76,13 +76,19 @@ pub(crate) enum BodyMaker {
     /// Copied, hashed, sealed in place.
     Hashed(Arc<SentHashes>),
     /// Copied, compressed where that is smaller, sealed in place.
-    Compressed { compressor: Box<Compressor<'static>>, scratch: Box<[u8]>, hashes: Option<Arc<SentHashes>> },
+    Compressed {
+        compressor: Box<Compressor<'static>>,
+        scratch: Box<[u8]>,
+        hashes: Option<Arc<SentHashes>>,
+        on: Arc<AtomicBool>,
+    },
 }
 
 impl BodyMaker {
     pub(crate) fn new(
         compression: Compression,
         hashes: Option<Arc<SentHashes>>,
+        on: Arc<AtomicBool>,
     ) -> Result<BodyMaker, DataError> {
         let Compression::Zstd { level } = compression else {
             return Ok(hashes.map_or(BodyMaker::Direct, BodyMaker::Hashed));
@@ -93,7 +99,7 @@ impl BodyMaker {
             errno: Errno::INVAL,
         })?;
         let scratch = vec![0; CHUNK_BYTES].into_boxed_slice();
-        Ok(BodyMaker::Compressed { compressor: Box::new(compressor), scratch, hashes })
+        Ok(BodyMaker::Compressed { compressor: Box::new(compressor), scratch, hashes, on })
     }
 
     /// Puts the body of `record` into `room`, or says from where to seal it. May shorten the record.
@@ -111,7 +117,14 @@ impl BodyMaker {
                 ram.gather(chunk, pages, &mut room[..len]);
                 hashes.keep(chunk, pages, &room[..len]);
             }
-            BodyMaker::Compressed { compressor, scratch, hashes } => {
+            BodyMaker::Compressed { on, hashes: None, .. } if !on.load(Ordering::Relaxed) => {
+                return Source::Guest { ram, chunk, pages };
+            }
+            BodyMaker::Compressed { on, hashes: Some(hashes), .. } if !on.load(Ordering::Relaxed) => {
+                ram.gather(chunk, pages, &mut room[..len]);
+                hashes.keep(chunk, pages, &room[..len]);
+            }
+            BodyMaker::Compressed { compressor, scratch, hashes, .. } => {
                 let plain = &mut scratch[..len];
                 ram.gather(chunk, pages, plain);
                 if let Some(hashes) = hashes {
