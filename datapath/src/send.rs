@@ -18,7 +18,7 @@ use crate::guest_ram::GuestRam;
 use crate::lane::{Crew, LaneEnd};
 use crate::limits::{CREDIT_BYTES, LANE_ORDERS, SEND_SLOTS, SLOT_BYTES, TICK, WINDOW_BYTES};
 use crate::link::LinkPlan;
-use crate::meter::Meter;
+use crate::meter::{Meter, MeterReader};
 use crate::page::CHUNK_BYTES;
 use crate::page_set::PageSet;
 use crate::seal::Cipher;

@@ -8,6 +8,7 @@
 //! What must never happen: an end of this process, by any way, that leaves a guest paused that is still this host's.
 //! Every way out goes through the machine's `Resume`, and a death goes through the guardian.
 
+mod auto_compress;
 mod hands;
 mod history;
 mod io_horizon;
@@ -26,7 +27,7 @@ use vmferry_session::{
 
 use crate::blame;
 use crate::channel::{ChannelEvent, ControlChannel, Security};
-use crate::cli::SendArgs;
+use crate::cli::{Compress, SendArgs};
 use crate::failure::Failure;
 use crate::guardian::Guardian;
 use crate::hold::Hold;
@@ -35,6 +36,7 @@ use crate::keys;
 use crate::lanes::{self, PinFrom};
 use crate::pilot::{Machine, Pilot};
 use crate::report::MoveReport;
+use auto_compress::AutoCompress;
 use hands::{SourceHands, Stopped};
 use history::HistoryFile;
 use narrator::Narrator;
@@ -110,6 +112,7 @@ struct Move<'a> {
     guardian: Option<Guardian>,
     history: HistoryFile,
     narrator: Narrator,
+    auto_compress: Option<AutoCompress>,
     agreement: Option<Agreement>,
     state_bytes: u64,
     hold: Hold,
@@ -132,6 +135,7 @@ impl<'a> Move<'a> {
         let channel = ControlChannel::connect(&args.to, name, &security)?;
         let guardian = Guardian::start(&args.guest)?;
         let hands = SourceHands::new(guest);
+        let ram_bytes = hands.ram().layout().total_bytes().0;
         let history = HistoryFile::of_kind(&hands.guest.description().kind);
         let plan = plan(args, offer, &hands, &history);
         let (session, actions) = SourceSession::begin(RunningToken::claim(), plan, began.elapsed());
@@ -147,7 +151,8 @@ impl<'a> Move<'a> {
             hands,
             guardian: Some(guardian),
             history,
-            narrator: Narrator::new(),
+            narrator: Narrator::new(ram_bytes),
+            auto_compress: None,
             agreement: None,
             state_bytes: 0,
             hold: Hold::of("send"),
@@ -268,6 +273,11 @@ impl<'a> Move<'a> {
             });
         let event = match opened {
             Ok(sender) => {
+                if self.args.compress == Compress::Auto {
+                    self.auto_compress =
+                        Some(AutoCompress::new(&sender, std::sync::Arc::clone(self.hands.ram())));
+                }
+                self.narrator.watch(sender.meter_reader());
                 self.hands.take_sender(sender);
                 SourceEvent::LanesOpened
             }
@@ -283,9 +293,12 @@ impl<'a> Move<'a> {
     fn copy_round(&mut self, round: u32) {
         let now = self.pilot.now();
         let (hands, pilot, narrator) = (&mut self.hands, &mut self.pilot, &mut self.narrator);
+        let auto_compress = &mut self.auto_compress;
         let done = hands.copy_round(round, now, &mut || {
             let go_on = pilot.pump();
-            narrator.glance(pilot.now(), &pilot.machine().progress());
+            if let Some(meter) = narrator.glance(pilot.now(), round, pilot.machine()) {
+                auto_compress.iter_mut().for_each(|auto| auto.look(pilot.now(), &meter));
+            }
             go_on
         });
         match done {
@@ -394,6 +407,7 @@ impl<'a> Move<'a> {
         report.tracker = self.hands.tracker_name().map(str::to_owned);
         report.scan_ms_max = Some(self.hands.scan_max().as_secs_f64() * 1e3);
         report.notes.extend(self.hands.notes().iter().cloned());
+        report.notes.extend(self.auto_compress.as_ref().and_then(AutoCompress::verdict).map(str::to_owned));
         if self.args.verify && matches!(self.outcome, Some(SourceOutcome::Moved { .. })) {
             report.verified = Some(true);
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vmferry_datapath::Meter;
+use vmferry_datapath::{Meter, MeterReader};
 use vmferry_session::{Progress as SessionProgress, SourceAction, SourceSession};
 
 use crate::progress::{Glance, Progress};
@@ -14,23 +14,47 @@ const GLANCE_EVERY: Duration = Duration::from_millis(100);
 /// Speaks for the source.
 pub(super) struct Narrator {
     progress: Progress,
+    meters: Option<MeterReader>,
+    ram_bytes: u64,
     glanced: Duration,
+    wire_bytes: u64,
     memory_peak: u64,
 }
 
 impl Narrator {
-    pub(super) fn new() -> Self {
-        Self { progress: Progress::new(), glanced: Duration::ZERO, memory_peak: own_memory_bytes() }
+    pub(super) fn new(ram_bytes: u64) -> Self {
+        Self {
+            progress: Progress::new(),
+            meters: None,
+            ram_bytes,
+            glanced: Duration::ZERO,
+            wire_bytes: 0,
+            memory_peak: own_memory_bytes(),
+        }
     }
 
-    /// While pages flow; cheap when called often.
-    pub(super) fn glance(&mut self, now: Duration, session: &SessionProgress) {
+    /// Reads the lanes' meters from now on.
+    pub(super) fn watch(&mut self, meters: MeterReader) {
+        self.meters = Some(meters);
+    }
+
+    /// While pages flow; cheap when called often. Gives what it read, every so often.
+    pub(super) fn glance(&mut self, now: Duration, round: u32, session: &SourceSession) -> Option<Meter> {
         if now < self.glanced + GLANCE_EVERY {
-            return;
+            return None;
         }
-        self.glanced = now;
+        let meter = self.meters.as_ref()?.read();
+        let since = (now - self.glanced).as_secs_f64();
         self.memory_peak = self.memory_peak.max(own_memory_bytes());
-        self.progress.glance(now, &glance(session));
+        let mut glance = glance(&session.progress());
+        let moved = meter.page_bytes.saturating_sub(glance.sent_bytes);
+        glance.rate_bytes_per_s = rate(meter.wire_bytes.saturating_sub(self.wire_bytes), since);
+        glance.remaining_bytes =
+            if round <= 1 { self.ram_bytes } else { glance.remaining_bytes }.saturating_sub(moved);
+        (glance.round, glance.sent_bytes) = (round, meter.page_bytes);
+        (self.glanced, self.wire_bytes) = (now, meter.wire_bytes);
+        self.progress.glance(now, &glance);
+        Some(meter)
     }
 
     /// After a round.
@@ -103,13 +127,22 @@ pub(crate) fn fill_lanes(report: &mut MoveReport, meter: &Meter, copying_ms: f64
         .collect();
 }
 
+fn rate(bytes: u64, seconds: f64) -> u64 {
+    #[expect(clippy::cast_precision_loss, reason = "a rate for a person")]
+    let bytes = bytes as f64;
+    whole(bytes / seconds.max(1e-6))
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "rates for a person, never negative"
+)]
+fn whole(rate: f64) -> u64 {
+    rate.max(0.0) as u64
+}
+
 fn glance(session: &SessionProgress) -> Glance {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "rates for a person, never negative"
-    )]
-    let whole = |rate: f64| rate.max(0.0) as u64;
     Glance {
         round: session.round,
         sent_bytes: session.sent.0,

@@ -15,9 +15,9 @@ use crate::failure::Failure;
 pub(super) fn offer(args: &SendArgs, attempt: AttemptId, lanes: u16, guest: &Description) -> Offer {
     let cipher =
         if args.security.insecure_plaintext { CipherSuite::Plaintext } else { CipherSuite::Aes256Gcm };
-    let compressions = match compression_pays(args) {
-        true => vec![CompressionMode::Zstd, CompressionMode::Off],
-        false => vec![CompressionMode::Off],
+    let compressions = match args.compress {
+        Compress::Zstd | Compress::Auto => vec![CompressionMode::Zstd, CompressionMode::Off],
+        Compress::Off => vec![CompressionMode::Off],
     };
     Offer {
         attempt,
@@ -38,18 +38,6 @@ pub fn facts(guest: &Description) -> GuestFacts {
         name: guest.name.clone(),
         facts: guest.facts.clone(),
         layout: guest.layout.clone(),
-    }
-}
-
-/// `--compress auto` compresses where the operator's `--bandwidth` is below what zstd makes of a core; a link without
-/// a cap is taken for faster than that.
-fn compression_pays(args: &SendArgs) -> bool {
-    /// Bytes a second that zstd at [`ZSTD_LEVEL`] takes in on one core, on the slow side.
-    const ZSTD_BYTES_PER_S: u64 = 400_000_000;
-    match args.compress {
-        Compress::Off => false,
-        Compress::Zstd => true,
-        Compress::Auto => args.bandwidth.is_some_and(|b| b.bytes_per_s < ZSTD_BYTES_PER_S),
     }
 }
 
