@@ -284,11 +284,8 @@ fn print(output: &Output, rows: &[Row], data_bytes: u64) {
         vec![
             row.scenario.name(),
             row.mover.to_owned(),
-            if row.has_converged() {
-                column(row, |run| run.total_ms)
-            } else {
-                "does not converge".to_owned()
-            },
+            format!("{} of {}", row.runs.iter().filter(|run| run.converged).count(), row.runs.len()),
+            column(row, |run| run.total_ms),
             column(row, |run| gib(run.bytes) * 1000.0 / run.total_ms),
             column(row, |run| gib(run.bytes)),
             column(row, |run| run.cpu_seconds / gib(run.bytes)),
@@ -300,6 +297,7 @@ fn print(output: &Output, rows: &[Row], data_bytes: u64) {
     let head = [
         "guest",
         "mover",
+        "moved",
         "total ms",
         "GiB/s",
         "GiB moved",
@@ -323,15 +321,20 @@ fn ratios(output: &Output, rows: &[Row]) {
     let mut lines = Vec::new();
     for ours in rows.iter().filter(|row| row.mover == Mover::FerrySealed.name()) {
         for theirs in rows.iter().filter(|row| row.scenario == ours.scenario && row.mover != ours.mover) {
-            let of = |row: &Row, value: fn(&Run) -> f64| -> Vec<f64> { row.runs.iter().map(value).collect() };
-            let ratio =
-                |value: fn(&Run) -> f64| cell(Spread::of_ratios(&of(theirs, value), &of(ours, value)));
-            let rate = |row: &Row| of(row, |run| gib(run.bytes) / run.total_ms);
+            let pairs: Vec<_> = ours
+                .runs
+                .iter()
+                .zip(&theirs.runs)
+                .filter(|(ours, theirs)| ours.converged && theirs.converged)
+                .collect();
+            let ratio = |value: fn(&Run) -> f64| {
+                cell(Spread::of(pairs.iter().map(|(ours, theirs)| value(theirs) / value(ours))))
+            };
             lines.push(vec![
                 ours.scenario.name(),
                 theirs.mover.to_owned(),
                 ratio(|run| run.total_ms),
-                cell(Spread::of_ratios(&rate(ours), &rate(theirs))),
+                ratio(|run| run.total_ms / gib(run.bytes)),
                 ratio(|run| run.cpu_seconds / gib(run.bytes)),
                 ratio(|run| run.gap_ms),
             ]);
