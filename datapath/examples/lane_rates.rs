@@ -46,6 +46,7 @@ fn main() {
             target.discard_all().expect("a discard");
             probe::lane(&source, &target, Cipher::Plain, cpus)
         });
+        run("round_trips", &|| probe::round_trips(2000, sealed, cpus));
         run("lane_sealed", &|| probe::lane(&source, &target, sealed, cpus));
         println!();
     }

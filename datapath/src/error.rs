@@ -70,7 +70,7 @@ pub enum LinkFault {
     #[error("the transfer was stopped on this host")]
     Stopped,
     /// The other host took in nothing for a long time.
-    #[error("the other host took in nothing for 30 s")]
+    #[error("the other host has taken in nothing for too long")]
     Stalled,
     /// The kernel reported an error on it.
     #[error("the connection failed: {0}")]

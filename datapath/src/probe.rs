@@ -16,19 +16,21 @@ use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::{DataError, LinkFault};
 use crate::frame::{ChunkRecord, HEADER_BYTES, RECORD_BYTES_MAX, Record};
-use crate::guest_ram::GuestRam;
+use crate::guest_ram::{Access, GuestRam, RamFile};
 use crate::lane::{Crew, LaneEnd, LaneKeys};
+use crate::layout::{RamBlock, RamLayout};
 use crate::limits::{RECEIVE_BYTES, SEND_SLOTS, SLOT_BYTES};
 use crate::link::ring::{Done, Ring};
 use crate::link::tcp::TcpLink;
 use crate::link::zero_copy::SendHow;
 use crate::link::{Breaker, Link, LinkPlan, LinkTrouble};
-use crate::page::{CHUNK_BYTES, CHUNK_PAGES, ChunkIndex, PAGE_BYTES};
+use crate::page::{ByteLen, CHUNK_BYTES, CHUNK_PAGES, ChunkIndex, PAGE_BYTES, PageIndex};
 use crate::page_set::PageSet;
 use crate::receive::Receiver;
 use crate::seal::{Cipher, LaneKey, Sealer, Source};
@@ -262,6 +264,33 @@ pub fn lane(
         sender.send(&all, &mut || true)?;
         sender.flush()
     })
+}
+
+/// Sends one page and waits until it is taken in, `times` times over, through one lane over TCP on loopback: what
+/// the last pages of a blackout cost beside their bytes.
+pub fn round_trips(times: u32, cipher: Cipher, cpus: Cpus) -> Result<Measured, DataError> {
+    let (near, far) = loopback()?;
+    let near = LaneEnd { link: Box::new(TcpLink::new(near)), keys: keys(cipher, 1, 2), cpu: cpus.sender };
+    let far = LaneEnd { link: Box::new(TcpLink::new(far)), keys: keys(cipher, 2, 1), cpu: cpus.receiver };
+    let (source, target) = (one_page()?, one_page()?);
+    let (_receiver, _state) = Receiver::start(target, vec![far], cipher)?;
+    let plan = SendPlan { cipher, compression: Compression::Off, keep_hashes: false, rate_limit: None };
+    let all = PageSet::full(source.layout());
+    let mut sender = Sender::start(source, vec![near], plan)?;
+    timed(u64::from(times) * PAGE_BYTES as u64, || {
+        (0..times).try_for_each(|_| sender.send(&all, &mut || true).and_then(|_| sender.flush()))
+    })
+}
+
+fn one_page() -> Result<Arc<GuestRam>, DataError> {
+    let refused = |errno| DataError::HostRefused { service: "make a page", fix: "free some memory", errno };
+    let file = memfd_create("vmferry-probe", MemfdFlags::CLOEXEC).map_err(refused)?;
+    ftruncate(&file, PAGE_BYTES as u64).map_err(refused)?;
+    let block = RamBlock { name: "page".into(), len: ByteLen(PAGE_BYTES as u64), page_bytes: 4096 };
+    let layout = RamLayout::new(vec![block]).map_err(|_| DataError::Bug("one page is no layout"))?;
+    let ram = GuestRam::map(layout, vec![RamFile { file: file.into(), offset: 0 }], Access::ReadWrite)?;
+    ram.write_page(PageIndex(0), &[0x5a; PAGE_BYTES])?;
+    Ok(Arc::new(ram))
 }
 
 fn key(cipher: Cipher, byte: u8) -> Option<LaneKey> {

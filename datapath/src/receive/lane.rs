@@ -89,7 +89,12 @@ impl ReceiveLane {
         loop {
             self.take_all()?;
             self.give_credit()?;
-            let short = missing(self.kit.link.arrived(), self.kit.opener.tag_bytes());
+            // Giving credit moves the link, and may have brought a whole record: it must not wait for the next one.
+            let (arrived, tag_bytes) = (self.kit.link.arrived(), self.kit.opener.tag_bytes());
+            if first_record(arrived, tag_bytes) != Ok(None) {
+                continue;
+            }
+            let short = missing(arrived, tag_bytes);
             self.kit.link.expect_bytes(short);
             match self.kit.progress(IDLE) {
                 Ok(_) => {}
