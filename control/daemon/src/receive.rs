@@ -337,8 +337,8 @@ impl<'a> Reception<'a> {
             // Whether the VMM took the order before it failed is not known here.
             Err(error) => TargetEvent::RunFailed(RunFailure::Unsure(blame::guest_error(&error))),
         };
+        // The lanes are closed at the end: joining them now would keep the source waiting for `Running`.
         self.pilot.feed(event);
-        self.close_lanes();
     }
 
     fn close_lanes(&mut self) {
