@@ -91,6 +91,9 @@ pub enum RamError {
     ReadOnly,
 }
 
+/// A chunk of zeroes to write.
+static ZEROES: [u8; CHUNK_BYTES] = [0; CHUNK_BYTES];
+
 /// hugetlbfs, as `fstatfs` names it.
 const HUGETLBFS_MAGIC: rustix::fs::FsWord = 0x9584_58f6;
 
@@ -300,31 +303,7 @@ impl GuestRam {
     /// Writes `body` into the pages of `mask`, one page after the other. `false`, with nothing written, when a page
     /// does not exist or the body is not exactly as long as the pages.
     pub fn write_pages(&self, chunk: ChunkIndex, mask: u64, body: &[u8]) -> Result<bool, RamError> {
-        let writable = self.writable(chunk, mask)?;
-        let Some((map, offset)) = writable else { return Ok(false) };
-        if body.len() != mask.count_ones() as usize * PAGE_BYTES {
-            return Ok(false);
-        }
-        let mut rest = body;
-        for (first, count) in runs(mask) {
-            let (now, later) = rest.split_at(count as usize * PAGE_BYTES);
-            rest = later;
-            // SAFETY: `writable` checked that every page of `mask` lies inside this mapping.
-            let to = unsafe { map.base.as_ptr().add(offset + first as usize * PAGE_BYTES) };
-            // SAFETY: `to` is valid for `now.len()` bytes of a writable mapping; private memory does not overlap it.
-            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), to, now.len()) };
-        }
-        Ok(true)
-    }
-
-    /// The same for pages that nobody wrote before, through the file instead of the mapping: the kernel then need not
-    /// zero each page and map it here before it is overwritten, and a full file system is an error instead of a
-    /// signal. Huge page files cannot be written, so theirs go through the mapping.
-    pub fn write_fresh_pages(&self, chunk: ChunkIndex, mask: u64, body: &[u8]) -> Result<bool, RamError> {
         let Some((map, offset)) = self.writable(chunk, mask)? else { return Ok(false) };
-        if !map.file_writes {
-            return self.write_pages(chunk, mask, body);
-        }
         if body.len() != mask.count_ones() as usize * PAGE_BYTES {
             return Ok(false);
         }
@@ -332,11 +311,7 @@ impl GuestRam {
         for (first, count) in runs(mask) {
             let (now, later) = rest.split_at(count as usize * PAGE_BYTES);
             rest = later;
-            let at = map.file.offset + (offset + first as usize * PAGE_BYTES) as u64;
-            map.file.file.write_all_at(now, at).map_err(|error| {
-                let block = self.layout.locate(chunk).map_or(0, |(block, _)| block);
-                self.refused("write to", block, Errno::from_io_error(&error).unwrap_or(Errno::IO))
-            })?;
+            self.put(map, chunk, offset + first as usize * PAGE_BYTES, now)?;
         }
         Ok(true)
     }
@@ -345,12 +320,30 @@ impl GuestRam {
     pub fn zero_pages(&self, chunk: ChunkIndex, mask: u64) -> Result<bool, RamError> {
         let Some((map, offset)) = self.writable(chunk, mask)? else { return Ok(false) };
         for (first, count) in runs(mask) {
-            // SAFETY: `writable` checked that every page of `mask` lies inside this mapping.
-            let to = unsafe { map.base.as_ptr().add(offset + first as usize * PAGE_BYTES) };
-            // SAFETY: `to` is valid for that many bytes of a writable mapping.
-            unsafe { std::ptr::write_bytes(to, 0, count as usize * PAGE_BYTES) };
+            let zeroes = &ZEROES[..count as usize * PAGE_BYTES];
+            self.put(map, chunk, offset + first as usize * PAGE_BYTES, zeroes)?;
         }
         Ok(true)
+    }
+
+    /// Writes a run of pages, already checked against the block, through the file rather than the mapping: the
+    /// kernel then need not zero a fresh page and map it here before it is overwritten (half the cost), and a full
+    /// file system is an error instead of a signal. Huge page files cannot be written, so theirs are copied.
+    fn put(&self, map: &Mapping, chunk: ChunkIndex, at: usize, bytes: &[u8]) -> Result<(), RamError> {
+        if map.file_writes {
+            return map.file.file.write_all_at(bytes, map.file.offset + at as u64).map_err(|error| {
+                let block = self.layout.locate(chunk).map_or(0, |(block, _)| block);
+                self.refused("write to", block, Errno::from_io_error(&error).unwrap_or(Errno::IO))
+            });
+        }
+        if at.checked_add(bytes.len()).is_none_or(|end| end > map.len) {
+            return Err(RamError::NoSuchPage { page: chunk.first_page() });
+        }
+        // SAFETY: `at` lies inside the mapping, checked above.
+        let to = unsafe { map.base.as_ptr().add(at) };
+        // SAFETY: `to` is valid for that many bytes of a writable mapping; private memory does not overlap it.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        Ok(())
     }
 
     /// The mapping and offset of a chunk whose pages of `mask` all exist and may be written.

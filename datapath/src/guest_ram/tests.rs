@@ -67,26 +67,22 @@ fn what_does_not_fit_is_not_written() {
 }
 
 #[test]
-fn fresh_pages_are_written_through_the_file() {
+fn pages_are_written_where_they_belong_and_nowhere_else() {
     let (layout, file) = two_blocks();
     let ram = GuestRam::map(layout, files(&file), Access::ReadWrite).unwrap();
     let body: Vec<u8> = (1..=3).flat_map(|byte| [byte; PAGE_BYTES]).collect();
-    assert_eq!(ram.write_fresh_pages(ChunkIndex(0), 0b1011, &body), Ok(true));
+    assert_eq!(ram.write_pages(ChunkIndex(0), 0b1011, &body), Ok(true));
     assert_eq!(ram.populated().unwrap().word(ChunkIndex(0)), 0b1011);
     let mut page = [0; PAGE_BYTES];
     for (number, byte) in [(0, 1), (1, 2), (3, 3)] {
         ram.read_page(PageIndex(number), &mut page).unwrap();
         assert_eq!(page, [byte; PAGE_BYTES]);
     }
-    assert_eq!(ram.write_fresh_pages(ChunkIndex(1), 1 << 5, &body[..PAGE_BYTES]), Ok(true));
+    assert_eq!(ram.write_pages(ChunkIndex(1), 1 << 5, &body[..PAGE_BYTES]), Ok(true));
     ram.read_page(PageIndex(64 + 5), &mut page).unwrap();
     assert_eq!(page, [1; PAGE_BYTES]);
-    assert_eq!(
-        ram.write_fresh_pages(ChunkIndex(1), 1 << 6, &body[..PAGE_BYTES]),
-        Ok(false),
-        "past the block"
-    );
-    assert_eq!(ram.write_fresh_pages(ChunkIndex(0), 0b1, &body), Ok(false), "a body of another length");
+    assert_eq!(ram.write_pages(ChunkIndex(1), 1 << 6, &body[..PAGE_BYTES]), Ok(false), "past the block");
+    assert_eq!(ram.write_pages(ChunkIndex(0), 0b1, &body), Ok(false), "a body of another length");
 }
 
 #[test]
@@ -120,4 +116,20 @@ fn runs_and_bits_cover_the_word() {
         assert_eq!(bits(word).fold(0, |all, bit| all | 1 << bit), word);
     }
     assert_eq!(runs(0b1011).collect::<Vec<_>>(), vec![(0, 2), (3, 1)]);
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_copied_to() {
+    let (layout, file) = two_blocks();
+    let mut ram = GuestRam::map(layout, files(&file), Access::ReadWrite).unwrap();
+    ram.maps.iter_mut().for_each(|map| map.file_writes = false);
+    let body: Vec<u8> = (1..=3).flat_map(|byte| [byte; PAGE_BYTES]).collect();
+    assert_eq!(ram.write_pages(ChunkIndex(1), 0b110_0001, &body), Ok(false), "past the block");
+    assert_eq!(ram.write_pages(ChunkIndex(1), 0b11_0001, &body), Ok(true));
+    let mut page = [0; PAGE_BYTES];
+    file.read_exact_at(&mut page, 4096 * (1 + 64 + 5)).unwrap();
+    assert_eq!(page, [3; PAGE_BYTES]);
+    assert_eq!(ram.zero_pages(ChunkIndex(1), 1 << 5), Ok(true));
+    file.read_exact_at(&mut page, 4096 * (1 + 64 + 5)).unwrap();
+    assert_eq!(page, [0; PAGE_BYTES]);
 }

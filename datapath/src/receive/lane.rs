@@ -256,11 +256,7 @@ impl Target<'_> {
         if record.data != 0 {
             let word = self.written.word(chunk).ok_or(Refusal::Peer(FrameFault::NoSuchPage))?;
             let written = word.load(Ordering::Relaxed);
-            done(if written & record.data == 0 {
-                self.ram.write_fresh_pages(chunk, record.data, body)
-            } else {
-                self.ram.write_pages(chunk, record.data, body)
-            })?;
+            done(self.ram.write_pages(chunk, record.data, body))?;
             word.store(written | record.data, Ordering::Relaxed);
         }
         Ok(())
