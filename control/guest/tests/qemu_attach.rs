@@ -113,10 +113,9 @@ fn fifty_attaches_while_it_boots_do_not_harm_a_guest() {
     let recipe = recipe(&assets);
     let qmp = recipe.directory().join("source.qmp");
     let booting = std::thread::spawn(move || recipe.boot("source").map(|guest| (guest, recipe)));
-    while !qmp.exists() {
+    while std::os::unix::net::UnixStream::connect(&qmp).is_err() {
         std::thread::sleep(Duration::from_millis(1));
     }
-    std::thread::sleep(Duration::from_millis(50));
     let mut source = open(&qmp);
     for _ in 0..50 {
         let mut log = source.attach().unwrap();

@@ -94,7 +94,7 @@ fn a_guest_that_was_never_started_is_refused() {
     let recipe = recipe(&assets).extra_args(&["-S"]);
     let qmp = recipe.directory().join("halted.qmp");
     let booting = std::thread::spawn(move || recipe.boot("halted").map(|guest| (guest, recipe)));
-    while !qmp.exists() {
+    while std::os::unix::net::UnixStream::connect(&qmp).is_err() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_says(&refusal(open_source(&spec(&qmp))), &["never started", "`cont`"]);

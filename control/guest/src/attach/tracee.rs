@@ -91,7 +91,6 @@ pub(crate) struct Tracee {
 impl Tracee {
     /// Stops `thread` of `process` and makes it ready for calls.
     pub(crate) fn seize(process: i32, thread: i32) -> Result<Tracee, TraceFault> {
-        let gate = syscall_instruction(process)?;
         let memory = std::fs::OpenOptions::new()
             .read(true)
             .write(true)
@@ -100,14 +99,14 @@ impl Tracee {
         let thread = Pid::from_raw(thread);
         stop(thread)?;
         // From here on every path out detaches.
-        let prepared = prepare(thread, &memory);
+        let prepared = prepare(process, thread, &memory);
         match prepared {
             Ok(prepared) => Ok(Tracee {
                 thread,
                 memory,
                 registers: prepared.registers,
                 mask: prepared.mask,
-                gate,
+                gate: prepared.gate,
                 scratch: prepared.scratch,
                 scratch_before: prepared.scratch_before,
                 filters: prepared.filters,
@@ -229,6 +228,7 @@ fn wait_stop(thread: Pid) -> Result<(), TraceFault> {
 }
 
 struct Prepared {
+    gate: u64,
     registers: libc::user_regs_struct,
     mask: u64,
     scratch: u64,
@@ -236,7 +236,9 @@ struct Prepared {
     filters: Vec<Vec<Instruction>>,
 }
 
-fn prepare(thread: Pid, memory: &File) -> Result<Prepared, TraceFault> {
+fn prepare(process: i32, thread: Pid, memory: &File) -> Result<Prepared, TraceFault> {
+    // Only now: a process that was just starting another program has its mappings again.
+    let gate = syscall_instruction(process, memory)?;
     let registers = ptrace::getregs(thread)?;
     if registers.cs != LONG_MODE {
         return Err(TraceFault::Unfit("it does not run 64-bit code"));
@@ -250,7 +252,7 @@ fn prepare(thread: Pid, memory: &File) -> Result<Prepared, TraceFault> {
     let filters = filters(thread)?;
     let mask = signal_mask(thread)?;
     set_signal_mask(thread, u64::MAX)?;
-    Ok(Prepared { registers, mask, scratch, scratch_before: before, filters })
+    Ok(Prepared { gate, registers, mask, scratch, scratch_before: before, filters })
 }
 
 /// The thread registered a restartable sequence and stands inside of it (`struct rseq_cs` of <linux/rseq.h>).
@@ -268,9 +270,8 @@ fn in_restartable_sequence(thread: Pid, memory: &File, instruction: u64) -> bool
 }
 
 /// The address of a `syscall` instruction in the process.
-fn syscall_instruction(process: i32) -> Result<u64, TraceFault> {
+fn syscall_instruction(process: i32, memory: &File) -> Result<u64, TraceFault> {
     let mappings = maps::of_process(process).map_err(TraceFault::Memory)?;
-    let memory = File::open(format!("/proc/{process}/mem")).map_err(TraceFault::Memory)?;
     let vdso = mappings
         .iter()
         .find(|mapping| mapping.path == "[vdso]")
