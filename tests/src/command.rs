@@ -21,7 +21,9 @@ pub const MOVE_TIMEOUT: Duration = Duration::from_secs(120);
 pub fn program() -> PathBuf {
     let test = std::env::current_exe().unwrap_or_default();
     let found = test.ancestors().skip(1).take(3).map(|dir| dir.join("vmferry")).find(|path| path.is_file());
-    found.unwrap_or_else(|| panic!("the vmferry program is not built: run 'cargo build --workspace --bins' first"))
+    found.unwrap_or_else(|| {
+        panic!("the vmferry program is not built: run 'cargo build --workspace --bins' first")
+    })
 }
 
 /// Keys for 127.0.0.1, removed when dropped.
@@ -159,11 +161,14 @@ impl Running {
                 break status;
             }
             let step = Duration::from_millis(5);
-            left = left.checked_sub(step).unwrap_or_else(|| panic!("vmferry hangs; it said:\n{}", self.everything()));
+            left = left
+                .checked_sub(step)
+                .unwrap_or_else(|| panic!("vmferry hangs; it said:\n{}", self.everything()));
             std::thread::sleep(step);
         };
         let text = reader.join().unwrap_or_default();
-        let report = text.lines().last().and_then(|line| serde_json::from_str(line).ok()).unwrap_or(Value::Null);
+        let report =
+            text.lines().last().and_then(|line| serde_json::from_str(line).ok()).unwrap_or(Value::Null);
         Done { status, report, stderr: self.everything() }
     }
 

@@ -20,12 +20,15 @@ impl Proxy {
     /// When no port is free.
     #[must_use]
     pub fn to(target: &str) -> Self {
-        let target: SocketAddr =
-            target.trim_start_matches("tcp://").parse().unwrap_or_else(|e| panic!("{target} is no address: {e}"));
+        let target: SocketAddr = target
+            .trim_start_matches("tcp://")
+            .parse()
+            .unwrap_or_else(|e| panic!("{target} is no address: {e}"));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap_or_else(|e| panic!("no port: {e}"));
         let address = listener.local_addr().unwrap_or_else(|e| panic!("no address: {e}"));
         let proxy = Self { address, streams: Arc::default(), cut: Arc::default(), silent: Arc::default() };
-        let (streams, cut, silent) = (Arc::clone(&proxy.streams), Arc::clone(&proxy.cut), Arc::clone(&proxy.silent));
+        let (streams, cut, silent) =
+            (Arc::clone(&proxy.streams), Arc::clone(&proxy.cut), Arc::clone(&proxy.silent));
         std::thread::spawn(move || {
             for here in listener.incoming().map_while(Result::ok) {
                 if cut.load(Ordering::SeqCst) {
@@ -34,7 +37,10 @@ impl Proxy {
                 let Ok(there) = TcpStream::connect(target) else { continue };
                 for (from, to) in [(&here, &there), (&there, &here)] {
                     let _ = from.set_nodelay(true);
-                    let (Ok(from), Ok(to), silent) = (from.try_clone(), to.try_clone(), Arc::clone(&silent)) else { continue };
+                    let (Ok(from), Ok(to), silent) = (from.try_clone(), to.try_clone(), Arc::clone(&silent))
+                    else {
+                        continue;
+                    };
                     std::thread::spawn(move || relay(from, to, &silent));
                 }
                 let mut held = streams.lock().unwrap_or_else(PoisonError::into_inner);

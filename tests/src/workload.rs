@@ -84,8 +84,16 @@ impl Workload {
     /// # Panics
     /// When a page is wrong, or the workload does not answer.
     pub fn assert_memory_is_right(&self) {
-        let report = WorkloadControl::connect(&self.name).and_then(|mut c| c.verify()).unwrap_or_else(|e| panic!("{e}"));
-        assert!(report.is_clean(), "{} of {} pages are wrong: {:?}", report.wrong, report.pages, report.faults);
+        let report = WorkloadControl::connect(&self.name)
+            .and_then(|mut c| c.verify())
+            .unwrap_or_else(|e| panic!("{e}"));
+        assert!(
+            report.is_clean(),
+            "{} of {} pages are wrong: {:?}",
+            report.wrong,
+            report.pages,
+            report.faults
+        );
     }
 }
 

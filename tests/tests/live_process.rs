@@ -52,10 +52,17 @@ fn a_sealed_move_takes_every_page_along() {
         assert!(report[key].as_f64().unwrap() > 0.0, "{key}: {report}");
     }
     let predicted = &report["predicted_blackout_ms"];
-    assert!(predicted["p05"].as_f64() <= predicted["p50"].as_f64() && predicted["p50"].as_f64() <= predicted["p95"].as_f64());
-    assert!(report["ram"]["zero_pages"].as_u64().unwrap() > 0 && report["ram"]["rounds"].as_u64().unwrap() >= 2);
+    assert!(
+        predicted["p05"].as_f64() <= predicted["p50"].as_f64()
+            && predicted["p50"].as_f64() <= predicted["p95"].as_f64()
+    );
+    assert!(
+        report["ram"]["zero_pages"].as_u64().unwrap() > 0 && report["ram"]["rounds"].as_u64().unwrap() >= 2
+    );
     assert!(report["device_state_bytes"].as_u64().unwrap() > 0);
-    assert!(!report["lanes"].as_array().unwrap().is_empty() && !report["phases"].as_array().unwrap().is_empty());
+    assert!(
+        !report["lanes"].as_array().unwrap().is_empty() && !report["phases"].as_array().unwrap().is_empty()
+    );
     assert!(report["own_memory_peak_bytes"].as_u64().unwrap() < 64 << 20, "{report}");
 }
 
@@ -83,7 +90,9 @@ fn compressed_pages_arrive_whole_and_smaller() {
 fn plaintext_on_one_side_is_refused_and_the_source_runs_on() {
     let pki = Pki::new("127.0.0.1");
     let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
-    for (ours, theirs) in [(vec!["--insecure-plaintext"], tls(&pki)), (tls(&pki), vec!["--insecure-plaintext"])] {
+    for (ours, theirs) in
+        [(vec!["--insecure-plaintext"], tls(&pki)), (tls(&pki), vec!["--insecure-plaintext"])]
+    {
         let (receiving, address) = receive(&target.spec(), &theirs, "");
         let sent = send(&source.spec(), &address, &ours, "").done();
         assert_eq!(sent.code(), 78, "{}", sent.stderr);
@@ -100,7 +109,8 @@ fn plaintext_on_one_side_is_refused_and_the_source_runs_on() {
 fn a_strangers_certificate_and_a_wrong_host_are_refused() {
     let (ours, theirs, other_host) = (Pki::new("127.0.0.1"), Pki::new("127.0.0.1"), Pki::new("192.0.2.1"));
     let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
-    for (client, server, word) in [(&ours, &theirs, "same CA"), (&other_host, &other_host, "--tls-hostname")] {
+    for (client, server, word) in [(&ours, &theirs, "same CA"), (&other_host, &other_host, "--tls-hostname")]
+    {
         let (receiving, address) = receive(&target.spec(), &tls(server), "");
         let sent = send(&source.spec(), &address, &tls(client), "").done();
         assert_eq!(sent.code(), 78, "{}", sent.stderr);
@@ -132,7 +142,8 @@ fn nobody_there_is_one_sentence() {
 }
 
 /// Every phase of the source before Commit.
-const SOURCE_PHASES: &[&str] = &["negotiate", "prepare", "copy", "pause", "last-round", "close-lanes", "target-load", "seal"];
+const SOURCE_PHASES: &[&str] =
+    &["negotiate", "prepare", "copy", "pause", "last-round", "close-lanes", "target-load", "seal"];
 /// Every phase of the target before it runs the guest.
 const TARGET_PHASES: &[&str] = &["prepare", "receive", "complete", "load", "ready"];
 
@@ -267,7 +278,8 @@ fn what_cannot_converge_says_why_and_ends_as_it_was_told() {
     assert_ne!(received.code(), 0);
     assert_runs_on(&source);
     let target = Workload::incoming(RAM);
-    let (sent, received) = attempt(&source, &target, &pki, &[&words[..], &["--on-no-converge", "force"]].concat());
+    let (sent, received) =
+        attempt(&source, &target, &pki, &[&words[..], &["--on-no-converge", "force"]].concat());
     assert_moved(&sent, &received);
     target.assert_memory_is_right();
 }
@@ -275,7 +287,8 @@ fn what_cannot_converge_says_why_and_ends_as_it_was_told() {
 #[test]
 fn two_senders_of_one_guest_or_into_one_target_do_not_meet() {
     let pki = Pki::new("127.0.0.1");
-    let (source, other, target) = (Workload::run(RAM, PLAN), Workload::run(RAM, PLAN), Workload::incoming(RAM));
+    let (source, other, target) =
+        (Workload::run(RAM, PLAN), Workload::run(RAM, PLAN), Workload::incoming(RAM));
     let (receiving, address) = receive(&target.spec(), &tls(&pki), "");
     let mut first: Running = send(&source.spec(), &address, &tls(&pki), &hold("send", "copy", 1000));
     first.wait_line("holding at");

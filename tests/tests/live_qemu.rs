@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use vmferry_rig::{Assets, Memory, QemuGuest, RunningGuest, SecondWriter, create_disk, guest_gap, huge_pages, require, root};
+use vmferry_rig::{
+    Assets, Memory, QemuGuest, RunningGuest, SecondWriter, create_disk, guest_gap, huge_pages, require, root,
+};
 use vmferry_tests::command::{Done, Pki, receive, send};
 use vmferry_tests::proxy::Proxy;
 use vmferry_workload::Plan;
@@ -37,7 +39,11 @@ fn assert_moved(sent: &Done, received: &Done) {
 fn assert_alive(guest: &mut RunningGuest) {
     #[expect(clippy::disallowed_methods, reason = "heart beats are stamped by this clock")]
     let now = Instant::now();
-    assert!(guest.beats().wait_since(now, Duration::from_secs(20)).is_some(), "no heart beat: {}", guest.log());
+    assert!(
+        guest.beats().wait_since(now, Duration::from_secs(20)).is_some(),
+        "no heart beat: {}",
+        guest.log()
+    );
     let report = guest.console().verify().unwrap();
     assert!(report.is_clean(), "{} of {} pages are wrong: {:?}", report.wrong, report.pages, report.faults);
     let status = guest.console().status().unwrap();
@@ -45,7 +51,13 @@ fn assert_alive(guest: &mut RunningGuest) {
 }
 
 /// Moves the guest with `--verify`, and lets it prove itself; returns the target and the sender's report.
-fn move_and_prove(recipe: &QemuGuest, source: &RunningGuest, pki: &Pki, name: &str, more: &[&str]) -> (RunningGuest, Done) {
+fn move_and_prove(
+    recipe: &QemuGuest,
+    source: &RunningGuest,
+    pki: &Pki,
+    name: &str,
+    more: &[&str],
+) -> (RunningGuest, Done) {
     #[expect(clippy::disallowed_methods, reason = "heart beats are stamped by this clock")]
     let since = Instant::now();
     let mut target = recipe.await_incoming(name).unwrap();
@@ -88,7 +100,8 @@ fn two_numa_blocks_with_one_above_four_gibibytes() {
     // Sparse files: only what the guest touches is there. q35 maps all above 2 GiB beyond the fourth gibibyte.
     let recipe = QemuGuest::new(&assets, 0, plan(DIRTYING)).unwrap().numa(&[2048 * MIB, 512 * MIB]);
     let source = recipe.boot("a").unwrap();
-    let (_target, sent) = move_and_prove(&recipe, &source, &pki, "b", &["--verify", "--downtime-limit", "5s"]);
+    let (_target, sent) =
+        move_and_prove(&recipe, &source, &pki, "b", &["--verify", "--downtime-limit", "5s"]);
     assert_eq!(sent.report["ram"]["total_bytes"], 2560 * MIB);
     assert_eq!(sent.report["verified"], true);
 }
@@ -100,9 +113,12 @@ fn a_guest_on_huge_pages() {
     let folder: PathBuf = require!(huge_pages(2 * 96));
     let pki = Pki::new("127.0.0.1");
     let memory = Memory::HugePages(folder);
-    let recipe = QemuGuest::new(&assets, 192 * MIB, plan("seed=4,pages=8192,set=1024,rate=4MiB")).unwrap().memory(memory);
+    let recipe = QemuGuest::new(&assets, 192 * MIB, plan("seed=4,pages=8192,set=1024,rate=4MiB"))
+        .unwrap()
+        .memory(memory);
     let source = recipe.boot("a").unwrap();
-    let (_target, sent) = move_and_prove(&recipe, &source, &pki, "b", &["--verify", "--downtime-limit", "2s"]);
+    let (_target, sent) =
+        move_and_prove(&recipe, &source, &pki, "b", &["--verify", "--downtime-limit", "2s"]);
     assert_eq!(sent.report["verified"], true);
 }
 
@@ -118,7 +134,8 @@ fn a_disk_read_with_o_direct_during_the_move() {
     let mut source = recipe.boot("a").unwrap();
     let before = source.console().status().unwrap();
     assert!(before.disk_reads > 0, "{before:?}");
-    let (mut target, sent) = move_and_prove(&recipe, &source, &pki, "b", &["--verify", "--downtime-limit", "2s"]);
+    let (mut target, sent) =
+        move_and_prove(&recipe, &source, &pki, "b", &["--verify", "--downtime-limit", "2s"]);
     assert!(sent.report["notes"].to_string().contains("O_DIRECT"), "{}", sent.report["notes"]);
     std::thread::sleep(Duration::from_millis(300));
     let after = target.console().status().unwrap();
@@ -150,7 +167,8 @@ fn a_second_process_that_writes_the_guests_memory() {
     assert_alive(&mut target);
 }
 
-const SOURCE_PHASES: &[&str] = &["negotiate", "prepare", "copy", "pause", "last-round", "close-lanes", "target-load", "seal"];
+const SOURCE_PHASES: &[&str] =
+    &["negotiate", "prepare", "copy", "pause", "last-round", "close-lanes", "target-load", "seal"];
 const TARGET_PHASES: &[&str] = &["prepare", "receive", "complete", "load"];
 
 #[test]
@@ -170,7 +188,8 @@ fn cancel_kill_and_cut_in_every_phase_leave_the_guest_running() {
             let (receiving, address) = receive(&spec(&target), &tls(&pki), "");
             let proxy = Proxy::to(&address);
             let ms = if blow == "kill" { 10_000 } else { 300 };
-            let mut sending = send(&spec(&source), &proxy.address(), &tls(&pki), &format!("send:{phase}:{ms}"));
+            let mut sending =
+                send(&spec(&source), &proxy.address(), &tls(&pki), &format!("send:{phase}:{ms}"));
             sending.wait_line("holding at");
             match blow {
                 "cancel" => sending.signal(Signal::SIGINT),

@@ -142,23 +142,12 @@ fn tracking() -> Finding {
 
 /// Bit 55 of a fresh page's pagemap entry (Documentation/admin-guide/mm/soft-dirty.rst).
 fn soft_dirty() -> Finding {
-    match soft_dirty_is_set() {
+    match vmferry_guest::attach::soft_dirty_support() {
         true => finding("soft-dirty", Verdict::Good, "present", "the fallback for kernels before 6.7"),
         false => {
             finding("soft-dirty", Verdict::Without, "not in this kernel", "nothing where PAGEMAP_SCAN works")
         }
     }
-}
-
-fn soft_dirty_is_set() -> bool {
-    use std::os::unix::fs::FileExt;
-    const SOFT_DIRTY: u64 = 1 << 55;
-    let page = vec![1u8; 4096];
-    let Ok(entry_at) = u64::try_from(page.as_ptr().addr() / 4096 * 8) else { return false };
-    let mut entry = [0u8; 8];
-    let read =
-        fs::File::open("/proc/self/pagemap").and_then(|pagemap| pagemap.read_exact_at(&mut entry, entry_at));
-    read.is_ok() && u64::from_le_bytes(entry) & SOFT_DIRTY != 0
 }
 
 fn ptrace() -> Finding {

@@ -223,6 +223,10 @@ impl<'a> Reception<'a> {
             eprintln!("vmferry: refused an offer: {reason}");
             self.line.vacate();
         }
+        let settled = if let Message::Running(_) = message { self.guest.settle() } else { Ok(()) };
+        if let Err(error) = settled {
+            tracing::warn!("the VMM's migration settings could not be given back: {error}");
+        }
         if let Err(failure) = sent {
             self.pilot.feed(TargetEvent::ControlLost(failure.to_string()));
         }

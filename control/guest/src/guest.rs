@@ -72,6 +72,8 @@ pub trait TargetGuest: Send {
     fn load_state(&mut self, from: &mut dyn Read) -> Result<ByteLen, GuestError>;
     /// After Commit only: the guest runs here. One that was paused by its owner on the source stays paused.
     fn run(&mut self) -> Result<(), GuestError>;
+    /// After the source was told that the guest runs: gives the VMM's settings back. Any number of times.
+    fn settle(&mut self) -> Result<(), GuestError>;
     /// Tears down what was received; the VMM may be ended by it.
     fn discard(&mut self);
 }

@@ -236,7 +236,16 @@ impl SourceHands {
         now: Duration,
         go_on: &mut dyn FnMut() -> bool,
     ) -> Result<Vec<LaneTotals>, Stopped> {
-        let (dirty, _) = self.scan_exactly(now)?;
+        let (mut dirty, _) = self.scan_exactly(now)?;
+        // Asked last: the look was begun when the guest was paused, and has had the time of the save.
+        let writers = self.guest.new_writers()?;
+        if !writers.is_empty() {
+            dirty.union_with(&self.pinned_data()?);
+            self.notes.push(format!(
+                "{} began to write guest memory during the move: its pages travelled in the blackout",
+                writers.join(", ")
+            ));
+        }
         let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
         if !sender.send(&dirty, go_on)? {
             return Err(Stopped::Interrupted);
@@ -271,20 +280,10 @@ impl SourceHands {
 
     /// Everything that must travel now that nobody writes.
     fn last_pages(&mut self, now: Duration) -> Result<(PageSet, LastReport), Stopped> {
-        let writers = self.guest.new_writers()?;
-        if !writers.is_empty() {
-            self.notes.push(format!(
-                "{} began to write guest memory during the move: its pages travelled in the blackout",
-                writers.join(", ")
-            ));
-        }
         let (mut last, scan) = self.scan_exactly(now)?;
         last.union_with(&self.ledger.take_all());
-        let mut pinned = self.guest.pinned();
-        if !pinned.is_empty() {
-            pinned.intersect_with(&self.ram.populated().map_err(GuestError::from)?);
-            last.union_with(&pinned);
-        }
+        let pinned = self.pinned_data()?;
+        last.union_with(&pinned);
         if let (Some(horizon), Some(sender)) = (&self.horizon, &self.sender) {
             let mut suspects = horizon.suspects();
             suspects.subtract(&last);
@@ -294,6 +293,15 @@ impl SourceHands {
         let report =
             LastReport { scan, pages: last.count(), pinned: pinned.count(), ..LastReport::default() };
         Ok((last, report))
+    }
+
+    /// Pages that no tracker covers, holes left out.
+    fn pinned_data(&self) -> Result<PageSet, Stopped> {
+        let mut pinned = self.guest.pinned();
+        if !pinned.is_empty() {
+            pinned.intersect_with(&self.ram.populated().map_err(GuestError::from)?);
+        }
+        Ok(pinned)
     }
 
     /// Harvests the log; after an error every page is dirty, and the note says so.

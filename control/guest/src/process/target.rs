@@ -63,6 +63,10 @@ impl TargetGuest for ProcessTarget {
         self.control.run()
     }
 
+    fn settle(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     fn discard(&mut self) {
         // The process waits again with what it was sent still in its memory: `prepare` clears it.
         let _ = self.control.discard();

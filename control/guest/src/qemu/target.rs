@@ -16,7 +16,7 @@ use vmferry_datapath::{Access, ByteLen, GuestRam};
 
 use super::blocks::{self, FoundRam};
 use super::facts;
-use super::migration::{self, Mark};
+use super::migration::{self, Borrowed, Mark};
 use super::qmp::{Qmp, QmpFailure};
 use super::source::end;
 use super::stream::{Preface, RelayFault, relay};
@@ -31,6 +31,7 @@ pub struct QemuTarget {
     description: Description,
     ram: Arc<GuestRam>,
     state: Option<UnixStream>,
+    borrowed: Option<Borrowed>,
     runs_next: bool,
 }
 
@@ -43,7 +44,7 @@ impl QemuTarget {
         let description = facts::describe(&mut qmp, socket, &found)?;
         let FoundRam { layout, files, .. } = found;
         let ram = Arc::new(GuestRam::map(layout, files, Access::ReadWrite)?);
-        Ok(QemuTarget { qmp, description, ram, state: None, runs_next: false })
+        Ok(QemuTarget { qmp, description, ram, state: None, borrowed: None, runs_next: false })
     }
 
     fn listen(&mut self) -> Result<(), GuestError> {
@@ -77,7 +78,7 @@ impl TargetGuest for QemuTarget {
     }
 
     fn prepare(&mut self) -> Result<(), GuestError> {
-        migration::borrow(&mut self.qmp, Mark::WasRunning)?;
+        self.borrowed = Some(migration::borrow(&mut self.qmp, Mark::WasRunning)?);
         self.qmp.execute("stop", Value::Null)?;
         self.ram.discard_all()?;
         self.listen()
@@ -122,6 +123,10 @@ impl TargetGuest for QemuTarget {
         }
         self.qmp.execute("cont", Value::Null)?;
         Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), GuestError> {
+        self.borrowed.take().map_or(Ok(()), |borrowed| borrowed.give_back(&mut self.qmp))
     }
 
     fn discard(&mut self) {
