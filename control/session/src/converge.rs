@@ -18,6 +18,9 @@ use crate::predict::{Forecast, Predictor};
 
 /// Rounds without progress after which a move is stuck.
 const PATIENCE: u32 = 3;
+/// The same while the middle of the forecast fits: the interval is wide because a host hiccuped, and a few calm rounds
+/// narrow it.
+const PATIENCE_WHEN_NEAR: u32 = 25;
 /// Progress is a p95 below this share of the best so far.
 const PROGRESS: f64 = 0.93;
 /// A guest that has not converged by then is stuck, whatever the trend.
@@ -168,7 +171,9 @@ impl Converge {
             self.stale_rounds += 1;
         }
         self.best_p95_ms = self.best_p95_ms.min(p95_ms);
-        let stuck = self.stale_rounds >= PATIENCE || report.round >= ROUNDS_MAX;
+        let near = forecast.total.p50_ms <= self.limit_ms();
+        let patience = if near { PATIENCE_WHEN_NEAR } else { PATIENCE };
+        let stuck = self.stale_rounds >= patience || report.round >= ROUNDS_MAX;
         if stuck || self.is_out_of_reach(forecast) { self.stuck(report, forecast) } else { Next::Round }
     }
 

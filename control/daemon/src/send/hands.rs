@@ -152,20 +152,22 @@ impl SourceHands {
         let (dirty, scan) = self.scan_or_all(now);
         let mut report =
             RoundReport { round, since_last_scan, scan, dirty: dirty.count(), ..RoundReport::default() };
-        let (send, zero) = if round == 1 { self.everything()? } else { (self.ledger.advance(dirty), None) };
+        let due = if round == 1 { PageSet::full(self.ram.layout()) } else { self.ledger.advance(dirty) };
+        if round == 1 {
+            report.dirty = due.count();
+        }
+        let (send, zero) = self.without_holes(due)?;
         let (wire_before, zero_before) = self.counted();
         let began = clock();
         let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
-        if let Some(zero) = &zero {
-            report.dirty = PageSet::full(self.ram.layout()).count();
-            sender.send_zero(zero)?;
-        }
+        sender.send_zero(&zero)?;
         if !sender.send(&send, go_on)? || !sender.flush_while(go_on)? {
             self.ledger.put_back(&send);
+            self.ledger.put_back(&zero);
             return Err(Stopped::Interrupted);
         }
         report.sending = began.elapsed();
-        report.sent = send.count().plus(zero.map_or(PageCount(0), |zero| zero.count()));
+        report.sent = send.count().plus(zero.count());
         report.held = self.ledger.held_count();
         report.pinned = self.guest.pinned().count();
         let (wire, zero) = self.counted();
@@ -174,14 +176,15 @@ impl SourceHands {
         Ok(report)
     }
 
-    /// What holds data, and what is known to be zero without reading it. Called after the first scan, which protected
-    /// every page: one that appears in between is dirty again.
-    fn everything(&self) -> Result<(PageSet, Option<PageSet>), Stopped> {
-        let mut zero = PageSet::full(self.ram.layout());
+    /// Of pages that are due, those that hold data, and those that are holes: zero, and not to be read, because a read
+    /// would allocate them. Called after a scan, which protected every page: one that appears in between is dirty again.
+    /// Not in the blackout, where asking would cost more than a hole that is read: the source's memory ends there.
+    fn without_holes(&self, due: PageSet) -> Result<(PageSet, PageSet), Stopped> {
         let mut data = self.ram.populated().map_err(GuestError::from)?;
-        data.intersect_with(&zero);
-        zero.subtract(&data);
-        Ok((data, Some(zero)))
+        data.intersect_with(&due);
+        let mut holes = due;
+        holes.subtract(&data);
+        Ok((data, holes))
     }
 
     /// Stops the guest.
@@ -240,7 +243,7 @@ impl SourceHands {
         // Asked last: the look was begun when the guest was paused, and has had the time of the save.
         let writers = self.guest.new_writers()?;
         if !writers.is_empty() {
-            dirty.union_with(&self.pinned_data()?);
+            dirty.union_with(&self.guest.pinned());
             self.notes.push(format!(
                 "{} began to write guest memory during the move: its pages travelled in the blackout",
                 writers.join(", ")
@@ -282,7 +285,7 @@ impl SourceHands {
     fn last_pages(&mut self, now: Duration) -> Result<(PageSet, LastReport), Stopped> {
         let (mut last, scan) = self.scan_exactly(now)?;
         last.union_with(&self.ledger.take_all());
-        let pinned = self.pinned_data()?;
+        let pinned = self.guest.pinned();
         last.union_with(&pinned);
         if let (Some(horizon), Some(sender)) = (&self.horizon, &self.sender) {
             let mut suspects = horizon.suspects();
@@ -293,15 +296,6 @@ impl SourceHands {
         let report =
             LastReport { scan, pages: last.count(), pinned: pinned.count(), ..LastReport::default() };
         Ok((last, report))
-    }
-
-    /// Pages that no tracker covers, holes left out.
-    fn pinned_data(&self) -> Result<PageSet, Stopped> {
-        let mut pinned = self.guest.pinned();
-        if !pinned.is_empty() {
-            pinned.intersect_with(&self.ram.populated().map_err(GuestError::from)?);
-        }
-        Ok(pinned)
     }
 
     /// Harvests the log; after an error every page is dirty, and the note says so.
