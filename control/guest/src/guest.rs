@@ -66,7 +66,8 @@ pub trait TargetGuest: Send {
     fn description(&self) -> &Description;
     /// Its memory, mapped for writing.
     fn ram(&self) -> Arc<GuestRam>;
-    /// Makes the VMM ready to receive and clears its RAM.
+    /// Makes the VMM ready to receive. What its RAM holds by then (firmware that a reset put there, preallocated pages)
+    /// may stay: the receiver overwrites or zeroes every page that is there, and keeps the preallocation that way.
     fn prepare(&mut self) -> Result<(), GuestError>;
     /// Feeds device state to the VMM. Returns when it holds all of it and the guest is paused.
     fn load_state(&mut self, from: &mut dyn Read) -> Result<ByteLen, GuestError>;

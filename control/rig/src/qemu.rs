@@ -87,6 +87,7 @@ pub struct QemuGuest {
     disk: Option<PathBuf>,
     machine: String,
     extra: Vec<String>,
+    prealloc: bool,
     reserved: u64,
 }
 
@@ -103,6 +104,7 @@ impl QemuGuest {
             disk: None,
             machine: "q35".to_owned(),
             extra: Vec::new(),
+            prealloc: false,
             reserved: 0,
         })
     }
@@ -118,6 +120,13 @@ impl QemuGuest {
     #[must_use]
     pub fn memory(mut self, memory: Memory) -> Self {
         self.memory = memory;
+        self
+    }
+
+    /// Memory that is there before the guest is, as hosts for fast guests have it.
+    #[must_use]
+    pub fn prealloc(mut self) -> Self {
+        self.prealloc = true;
         self
     }
 
@@ -251,7 +260,8 @@ impl QemuGuest {
         args.extend(["-smp".to_owned(), self.cpus.to_string()]);
         args.extend(["-m".to_owned(), format!("{}K", total / 1024)]);
         for (block, bytes) in self.blocks.iter().enumerate() {
-            let size = format!("id=ram{block},size={}K", bytes / 1024);
+            let prealloc = if self.prealloc { ",prealloc=on" } else { "" };
+            let size = format!("id=ram{block},size={}K{prealloc}", bytes / 1024);
             let path = memory_files.get(block).map(|path| path.display().to_string()).unwrap_or_default();
             args.extend([
                 "-object".to_owned(),

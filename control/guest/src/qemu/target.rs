@@ -80,7 +80,6 @@ impl TargetGuest for QemuTarget {
     fn prepare(&mut self) -> Result<(), GuestError> {
         self.borrowed = Some(migration::borrow(&mut self.qmp, Mark::WasRunning)?);
         self.qmp.execute("stop", Value::Null)?;
-        self.ram.discard_all()?;
         self.listen()
     }
 
