@@ -81,7 +81,7 @@ impl FromStr for CpuList {
 /// How many lanes: a number, or chosen from the CPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LaneCount {
-    /// One a CPU that the lanes may use, at most 8.
+    /// One for two CPUs that the lanes may use, at most 8.
     Auto,
     /// As the operator says.
     Exactly(u16),
