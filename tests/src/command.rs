@@ -102,11 +102,8 @@ impl Running {
         let stderr = child.stderr.take().unwrap_or_else(|| panic!("stderr is piped"));
         let (post, lines) = channel();
         std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                if post.send(line).is_err() {
-                    break;
-                }
-            }
+            let mut lines = BufReader::new(stderr).lines().map_while(Result::ok);
+            lines.try_for_each(|line| post.send(line))
         });
         Self { child, lines, said: Vec::new(), _state: state }
     }
@@ -116,17 +113,13 @@ impl Running {
     /// # Panics
     /// When it does not come.
     pub fn wait_line(&mut self, text: &str) -> String {
-        loop {
-            match self.lines.recv_timeout(MOVE_TIMEOUT) {
-                Ok(line) => {
-                    self.said.push(line.clone());
-                    if line.contains(text) {
-                        return line;
-                    }
-                }
-                Err(_) => panic!("vmferry never said {text:?}, but:\n{}", self.said.join("\n")),
+        while let Ok(line) = self.lines.recv_timeout(MOVE_TIMEOUT) {
+            self.said.push(line.clone());
+            if line.contains(text) {
+                return line;
             }
         }
+        panic!("vmferry never said {text:?}, but:\n{}", self.said.join("\n"))
     }
 
     /// Its process id.

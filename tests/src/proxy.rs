@@ -1,6 +1,6 @@
 //! A TCP link that a test can cut: every connection through it ends at once, or goes silent.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,21 +30,9 @@ impl Proxy {
         let (streams, cut, silent) =
             (Arc::clone(&proxy.streams), Arc::clone(&proxy.cut), Arc::clone(&proxy.silent));
         std::thread::spawn(move || {
-            for here in listener.incoming().map_while(Result::ok) {
-                if cut.load(Ordering::SeqCst) {
-                    continue;
-                }
-                let Ok(there) = TcpStream::connect(target) else { continue };
-                for (from, to) in [(&here, &there), (&there, &here)] {
-                    let _ = from.set_nodelay(true);
-                    let (Ok(from), Ok(to), silent) = (from.try_clone(), to.try_clone(), Arc::clone(&silent))
-                    else {
-                        continue;
-                    };
-                    std::thread::spawn(move || relay(from, to, &silent));
-                }
-                let mut held = streams.lock().unwrap_or_else(PoisonError::into_inner);
-                held.extend([here, there]);
+            for here in listener.incoming().map_while(Result::ok).filter(|_| !cut.load(Ordering::SeqCst)) {
+                let joined = TcpStream::connect(target).and_then(|there| join(here, there, &silent));
+                streams.lock().unwrap_or_else(PoisonError::into_inner).extend(joined.into_iter().flatten());
             }
         });
         proxy
@@ -75,10 +63,19 @@ impl Proxy {
     }
 }
 
+/// Relays both ways; gives the two streams back, to be cut.
+fn join(here: TcpStream, there: TcpStream, silent: &Arc<AtomicBool>) -> io::Result<[TcpStream; 2]> {
+    for (from, to) in [(&here, &there), (&there, &here)] {
+        from.set_nodelay(true)?;
+        let (from, to, silent) = (from.try_clone()?, to.try_clone()?, Arc::clone(silent));
+        std::thread::spawn(move || relay(from, to, &silent));
+    }
+    Ok([here, there])
+}
+
 fn relay(mut from: TcpStream, mut to: TcpStream, silent: &AtomicBool) {
     let mut buffer = vec![0u8; 256 * 1024];
-    loop {
-        let Ok(taken @ 1..) = from.read(&mut buffer) else { break };
+    while let Ok(taken @ 1..) = from.read(&mut buffer) {
         if !silent.load(Ordering::SeqCst) && to.write_all(&buffer[..taken]).is_err() {
             break;
         }

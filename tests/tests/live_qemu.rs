@@ -3,6 +3,7 @@
 //! The guest proves itself: its init knows what every page of its workload must hold and verifies them after the move,
 //! and its heart beat says whether it ran on one side at a time. One boot under emulation serves many attempts: a
 //! failed one must leave the source running, which is what these tests are about.
+#![expect(clippy::unwrap_used, reason = "what a test's helper cannot have fails the test")]
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
