@@ -152,7 +152,7 @@ pub fn track(vmm: i32, layout: &RamLayout, blocks: &[BlockPlace]) -> Result<Trac
                 add_pages(&writer.areas, &mut pages);
                 logs.push(Box::new(DepartingLog::new(log, pages)));
             }
-            Err(InjectFault::Gone) if writer.process != vmm => {}
+            Err(InjectFault::Gone) if writer.process != vmm && !inject::is_there(writer.process) => {}
             Err(fault) if writer.process == vmm => return Err(refusal::explain(vmm, fault)),
             Err(fault) => {
                 add_pages(&writer.areas, &mut watch.pinned);

@@ -85,11 +85,20 @@ fn seize(process: i32) -> Result<Tracee, InjectFault> {
                 Err(fault) => last = fault.into(),
             }
         }
+        // A thread that ended is not its process: taken for it, a living writer would go untracked in silence.
+        if last == InjectFault::Gone && is_there(process) {
+            last = InjectFault::Stuck;
+        }
         if last != InjectFault::Stuck {
             break;
         }
     }
     Err(last)
+}
+
+/// Whether the process has a thread.
+pub(crate) fn is_there(process: i32) -> bool {
+    !threads(process).is_empty()
 }
 
 /// The thread ids of a process, the first thread first.
