@@ -11,6 +11,7 @@ use std::time::Duration;
 use vmferry_datapath::{ChunkIndex, DirtyLog, GuestRam, PAGE_BYTES, PageIndex, PageSet};
 use vmferry_guest::{GuestSpec, SourceGuest, open_source};
 use vmferry_rig::{Assets, QemuGuest, RunningGuest, require};
+use vmferry_workload::{MappedPages, PageMemory};
 
 const MIB: u64 = 1 << 20;
 /// Names the QMP socket to the process that `kill -9` hits.
@@ -252,15 +253,13 @@ fn a_rescue_lifts_the_brake_and_runs_a_guest_whose_sender_was_killed() {
 fn writing_process() {
     let Some(path) = std::env::var_os(WRITE) else { return };
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
-    let len = vmferry_datapath::ByteLen(file.metadata().unwrap().len());
-    let block = vmferry_datapath::RamBlock { name: "ram".into(), len, page_bytes: 4096 };
-    let layout = vmferry_datapath::RamLayout::new(vec![block]).unwrap();
-    let file = vmferry_datapath::RamFile { file, offset: 0 };
-    let ram = GuestRam::map(layout, vec![file], vmferry_datapath::Access::ReadWrite).unwrap();
+    let pages = usize::try_from(file.metadata().unwrap().len()).unwrap() / PAGE_BYTES;
+    // Through a mapping, as a backend writes: `GuestRam` writes through the file, which no page table shows.
+    let mut memory = MappedPages::shared(&file, 0, pages).unwrap();
     println!("mapped");
     for line in std::io::stdin().lines().map_while(Result::ok) {
         let page = line.parse().unwrap();
-        ram.write_page(PageIndex(page), &[0x5a; PAGE_BYTES]).unwrap();
+        memory.store(page, 0, 0x5a5a);
         println!("wrote {page}");
     }
 }
