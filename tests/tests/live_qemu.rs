@@ -78,7 +78,8 @@ fn an_idle_and_then_a_dirtying_guest_go_there_and_back() {
     let pki = Pki::new("127.0.0.1");
     let recipe = QemuGuest::new(&assets, 256 * MIB, plan(IDLE)).unwrap();
     let source = recipe.boot("a").unwrap();
-    let (mut there, sent) = move_and_prove(&recipe, &source, &pki, "b", &["--verify"]);
+    let (mut there, sent) =
+        move_and_prove(&recipe, &source, &pki, "b", &["--verify", "--downtime-limit", "2s"]);
     assert_eq!(sent.report["verified"], true);
     assert_eq!(sent.report["tracker"], "pagemap-scan");
     assert!(sent.report["own_memory_peak_bytes"].as_u64().unwrap() < 64 << 20);
@@ -87,7 +88,8 @@ fn an_idle_and_then_a_dirtying_guest_go_there_and_back() {
         let answer = there.console().ask(word).unwrap();
         assert!(!answer.contains("error"), "{word}: {answer}");
     }
-    let (back, sent) = move_and_prove(&recipe, &there, &pki, "c", &["--verify", "--lanes", "2"]);
+    let (back, sent) =
+        move_and_prove(&recipe, &there, &pki, "c", &["--verify", "--lanes", "2", "--downtime-limit", "2s"]);
     assert_eq!(sent.report["verified"], true);
     assert!(sent.report["ram"]["rounds"].as_u64().unwrap() >= 2);
     drop(back);
@@ -214,7 +216,8 @@ fn cancel_kill_and_cut_in_every_phase_leave_the_guest_running() {
         drop(target);
         assert_alive(&mut source);
     }
-    let (_target, sent) = move_and_prove(&recipe, &source, &pki, "b", &["--verify"]);
+    let (_target, sent) =
+        move_and_prove(&recipe, &source, &pki, "b", &["--verify", "--downtime-limit", "2s"]);
     assert_eq!(sent.report["verified"], true, "after all of that a retry is complete");
 }
 

@@ -18,7 +18,7 @@ const PAGE_MS: (f64, f64) = (0.0008, 0.02);
 /// Milliseconds to get even one page across: a wake-up a lane, and a flush.
 const FLUSH_MS: (f64, f64) = (0.1, 1.5);
 /// Guest bytes that both digests of `--verify` take in a millisecond, one after the other: a busy host and an idle one.
-const DIGEST_BYTES_PER_MS: (f64, f64) = (1e6, 8e6);
+const DIGEST_BYTES_PER_MS: (f64, f64) = (2.5e6, 10e6);
 /// The last pages' measured time over the predicted one.
 const PAGES_ERROR: (f64, f64) = (0.75, 1.4);
 /// What a term's observation is worth after the next one: hosts change over hundreds of moves, not over ten.
