@@ -36,9 +36,8 @@ pub fn guest_error(error: &GuestError) -> SessionError {
 pub fn refused_guest(error: &GuestError) -> Failure {
     let text = error.to_string();
     match error.blame() {
-        GuestBlame::User => Failure::Refused(text),
+        GuestBlame::User | GuestBlame::Guest => Failure::Refused(text),
         GuestBlame::Host => Failure::Permission(text),
-        GuestBlame::Guest => Failure::Refused(text),
         GuestBlame::Bug => Failure::Bug(text),
     }
 }
@@ -55,10 +54,8 @@ pub fn ended(error: &SessionError, where_it_is: &str) -> Failure {
         SessionError::PeerMisbehaved(_) | SessionError::MemoryDiffers => Failure::PeerMisbehaved(text),
         SessionError::PeerEnded(reason) => match reason.kind() {
             AbortKind::Cancelled | AbortKind::TimedOut | AbortKind::NotConverging => Failure::Cancelled(text),
-            AbortKind::Incompatible => Failure::Refused(text),
-            AbortKind::Misbehaved => Failure::PeerMisbehaved(text),
-            AbortKind::MemoryDiffers => Failure::PeerMisbehaved(text),
-            AbortKind::Plaintext => Failure::Refused(text),
+            AbortKind::Incompatible | AbortKind::Plaintext => Failure::Refused(text),
+            AbortKind::Misbehaved | AbortKind::MemoryDiffers => Failure::PeerMisbehaved(text),
             AbortKind::Busy
             | AbortKind::LinkLost
             | AbortKind::HostRefused

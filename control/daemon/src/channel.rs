@@ -183,11 +183,6 @@ impl ControlChannel {
         }
     }
 
-    /// The peer's address.
-    pub fn peer(&self) -> io::Result<SocketAddr> {
-        self.stream.peer_addr()
-    }
-
     /// Ends the connection; the reader reports it as lost.
     pub fn close(&self) {
         if let Wire::Tls(connection) = &mut *self.lock() {
