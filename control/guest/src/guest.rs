@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vmferry_datapath::{ByteLen, DirtyLog, GuestRam, PageSet, RamLayout};
 
-use crate::GuestError;
+use crate::{DeviceFacts, DeviceStream, GuestError};
 
 /// What negotiation has to know about a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +35,11 @@ pub trait SourceGuest: Send {
     fn description(&self) -> &Description;
     /// Its memory, mapped for reading.
     fn ram(&self) -> Arc<GuestRam>;
+    /// What is passed through to it. Where the device list is not known until `attach`, this list grows by it.
+    fn devices(&self) -> &[DeviceFacts];
+    /// After `attach`: the states of the devices that have a stream ([`DeviceFacts::has_stream`]), one for each, in the
+    /// order of `devices`. From here on a device that can pre-copy does so, until `pause` or `detach`.
+    fn device_streams(&mut self) -> Result<Vec<Box<dyn DeviceStream>>, GuestError>;
     /// Starts to track every writer. The first harvest of the log returns every page that is not known to be clean.
     /// Writers that cannot be tracked are in [`SourceGuest::pinned`] afterwards. Dropping the log ends the tracking.
     fn attach(&mut self) -> Result<Box<dyn DirtyLog>, GuestError>;
@@ -45,16 +50,18 @@ pub trait SourceGuest: Send {
     /// Writers that appeared after [`SourceGuest::attach`], by name; checked again in the blackout. Their pages are
     /// in [`SourceGuest::pinned`] from then on.
     fn new_writers(&mut self) -> Result<Vec<String>, GuestError>;
-    /// Stops the guest; after this nobody writes its memory.
+    /// Stops the guest and its devices (devices to P2P, processors paused, devices stopped, in this order); after this
+    /// nobody writes its memory. What the devices' logs had to tell comes out of the log's next harvest, and what
+    /// nobody can tell is in [`SourceGuest::pinned`].
     fn pause(&mut self) -> Result<(), GuestError>;
     /// Writes the device state of the paused guest.
     fn save_state(&mut self, into: &mut dyn Write) -> Result<ByteLen, GuestError>;
-    /// Undoes `pause` and `save_state`, finished or not. Never called after Commit. A guest that its owner had
+    /// Undoes `pause` and `save_state`, finished or not; devices run again too. Never called after Commit. A guest that its owner had
     /// paused before the move stays paused.
     fn resume(&mut self) -> Result<(), GuestError>;
     /// Takes `percent` of the guest's CPU time away; 0 gives all of it back.
     fn set_throttle(&mut self, percent: u8) -> Result<(), GuestError>;
-    /// Leaves no trace in the VMM: throttle lifted, capabilities as before. Any number of times.
+    /// Leaves no trace in the VMM: throttle lifted, devices out of pre-copy, capabilities as before. Any number of times.
     fn detach(&mut self);
     /// After Commit: ends the source VMM.
     fn retire(&mut self) -> Result<(), GuestError>;
@@ -66,10 +73,17 @@ pub trait TargetGuest: Send {
     fn description(&self) -> &Description;
     /// Its memory, mapped for writing.
     fn ram(&self) -> Arc<GuestRam>;
+    /// What is passed through to it.
+    fn devices(&self) -> &[DeviceFacts];
+    /// After `prepare`: where the states of the devices that have a stream go, one sink for each, in the order of
+    /// `devices`. Each is fed by a thread of its own, while the source still runs and while `load_state` works.
+    /// `flush` says that the state is complete, and returns when the device has loaded it; an error is the device's
+    /// refusal, in a sentence.
+    fn device_sinks(&mut self) -> Result<Vec<Box<dyn Write + Send>>, GuestError>;
     /// Makes the VMM ready to receive. What its RAM holds by then (firmware that a reset put there, preallocated pages)
     /// may stay: the receiver overwrites or zeroes every page that is there, and keeps the preallocation that way.
     fn prepare(&mut self) -> Result<(), GuestError>;
-    /// Feeds device state to the VMM. Returns when it holds all of it and the guest is paused.
+    /// Feeds the VMM its own state, stream 0. Returns when it holds all of it and the guest is paused.
     fn load_state(&mut self, from: &mut dyn Read) -> Result<ByteLen, GuestError>;
     /// After Commit only: the guest runs here. One that was paused by its owner on the source stays paused.
     fn run(&mut self) -> Result<(), GuestError>;

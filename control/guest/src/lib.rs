@@ -8,6 +8,7 @@
 
 pub mod attach;
 mod clock;
+mod device;
 mod error;
 mod guest;
 mod open;
@@ -16,6 +17,7 @@ pub mod qemu;
 mod spec;
 mod throttle;
 
+pub use device::{DeviceFacts, DeviceMigration, DeviceStream, DmaTracking, StateEstimate, StateRead};
 pub use error::{Blame, GuestError};
 pub use guest::{Description, SourceGuest, TargetGuest};
 pub use open::{open_source, open_target, rescue};

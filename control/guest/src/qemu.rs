@@ -11,6 +11,7 @@
 //! `cont` for one guest; the source's is only ever sent before Commit, the target's only after.
 
 mod blocks;
+mod devices;
 mod facts;
 mod migration;
 mod qmp;

@@ -8,7 +8,7 @@ use vmferry_datapath::{Access, ByteLen, DirtyLog, GuestRam, PageSet};
 use super::client::WorkloadControl;
 use super::wire::{Identity, Phase};
 use crate::attach::{self, BlockPlace, Watch};
-use crate::{Description, GuestError, SourceGuest};
+use crate::{Description, DeviceFacts, DeviceStream, GuestError, SourceGuest};
 
 pub(crate) struct ProcessSource {
     control: WorkloadControl,
@@ -50,6 +50,14 @@ impl SourceGuest for ProcessSource {
 
     fn ram(&self) -> Arc<GuestRam> {
         Arc::clone(&self.ram)
+    }
+
+    fn devices(&self) -> &[DeviceFacts] {
+        &[]
+    }
+
+    fn device_streams(&mut self) -> Result<Vec<Box<dyn DeviceStream>>, GuestError> {
+        Ok(Vec::new())
     }
 
     fn attach(&mut self) -> Result<Box<dyn DirtyLog>, GuestError> {

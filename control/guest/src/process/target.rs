@@ -1,6 +1,6 @@
 //! A process that waits for a workload.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::sync::Arc;
 
 use vmferry_datapath::{Access, ByteLen, GuestRam};
@@ -8,7 +8,7 @@ use vmferry_datapath::{Access, ByteLen, GuestRam};
 use super::client::WorkloadControl;
 use super::state::state_bytes_max;
 use super::wire::{Identity, Phase};
-use crate::{Description, GuestError, TargetGuest};
+use crate::{Description, DeviceFacts, GuestError, TargetGuest};
 
 pub(crate) struct ProcessTarget {
     control: WorkloadControl,
@@ -40,6 +40,14 @@ impl TargetGuest for ProcessTarget {
 
     fn ram(&self) -> Arc<GuestRam> {
         Arc::clone(&self.ram)
+    }
+
+    fn devices(&self) -> &[DeviceFacts] {
+        &[]
+    }
+
+    fn device_sinks(&mut self) -> Result<Vec<Box<dyn Write + Send>>, GuestError> {
+        Ok(Vec::new())
     }
 
     fn prepare(&mut self) -> Result<(), GuestError> {

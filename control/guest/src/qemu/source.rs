@@ -18,13 +18,14 @@ use serde_json::{Value, json};
 use vmferry_datapath::{Access, ByteLen, DirtyLog, GuestRam, PageSet};
 
 use super::blocks::{self, FoundRam};
+use super::devices;
 use super::facts;
 use super::migration::{self, Borrowed, Mark};
 use super::qmp::{Qmp, QmpFailure};
 use super::stream::{Preface, RelayFault, relay};
 use crate::attach::{self, BlockPlace, Watch};
 use crate::throttle::Throttle;
-use crate::{Description, GuestError, SourceGuest};
+use crate::{Description, DeviceFacts, DeviceStream, GuestError, SourceGuest};
 
 /// The name under which QEMU keeps its end of the state socket.
 const STATE_NAME: &str = "vmferry-state";
@@ -38,6 +39,7 @@ pub struct QemuSource {
     places: Vec<BlockPlace>,
     vmm: i32,
     direct_io_nodes: Vec<String>,
+    devices: Vec<DeviceFacts>,
     was_running: bool,
     watch: Option<Watch>,
     borrowed: Option<Borrowed>,
@@ -54,6 +56,7 @@ impl QemuSource {
         let found = blocks::find(&mut qmp, false)?;
         let description = facts::describe(&mut qmp, socket, &found)?;
         let direct_io_nodes = facts::direct_io_nodes(&mut qmp)?;
+        let devices = devices::passed_through(&mut qmp, &found.layout)?;
         let throttle = Throttle::of(found.vmm, facts::processor_threads(&mut qmp)?);
         let FoundRam { layout, files, places, vmm, in_stream: _ } = found;
         let ram = Arc::new(GuestRam::map(layout, files, Access::ReadOnly)?);
@@ -65,6 +68,7 @@ impl QemuSource {
             places,
             vmm,
             direct_io_nodes,
+            devices,
             was_running,
             watch: None,
             borrowed: None,
@@ -117,7 +121,19 @@ impl SourceGuest for QemuSource {
         Arc::clone(&self.ram)
     }
 
+    fn devices(&self) -> &[DeviceFacts] {
+        &self.devices
+    }
+
+    /// None: QEMU carries what it passes through inside its own state.
+    fn device_streams(&mut self) -> Result<Vec<Box<dyn DeviceStream>>, GuestError> {
+        Ok(Vec::new())
+    }
+
     fn attach(&mut self) -> Result<Box<dyn DirtyLog>, GuestError> {
+        // Looked at again: a device may have come or gone since the guest was opened.
+        self.devices = devices::passed_through(&mut self.qmp, self.ram.layout())?;
+        DeviceFacts::refuse_unmovable(&self.devices)?;
         let tracked = attach::track(self.vmm, self.ram.layout(), &self.places)?;
         self.borrow_settings()?;
         self.arm()?;
@@ -127,6 +143,10 @@ impl SourceGuest for QemuSource {
     }
 
     fn pinned(&self) -> PageSet {
+        if !self.devices.is_empty() {
+            // Their DMA passes the page tables by, and QEMU does not tell where it goes.
+            return PageSet::full(self.ram.layout());
+        }
         self.watch.as_ref().map_or_else(|| PageSet::new(self.ram.layout()), |watch| watch.pinned().clone())
     }
 

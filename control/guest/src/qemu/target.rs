@@ -4,7 +4,7 @@
 //! comes. It is also told to `stop`, which in a QEMU that waits means: do not start by yourself, whatever the stream
 //! says. What must never happen: a target that runs before `run`.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -15,12 +15,13 @@ use serde_json::{Value, json};
 use vmferry_datapath::{Access, ByteLen, GuestRam};
 
 use super::blocks::{self, FoundRam};
+use super::devices;
 use super::facts;
 use super::migration::{self, Borrowed, Mark};
 use super::qmp::{Qmp, QmpFailure};
 use super::source::end;
 use super::stream::{Preface, RelayFault, relay};
-use crate::{Description, GuestError, TargetGuest};
+use crate::{Description, DeviceFacts, GuestError, TargetGuest};
 
 /// The name under which QEMU keeps its end of the state socket.
 const STATE_NAME: &str = "vmferry-state";
@@ -30,6 +31,7 @@ pub struct QemuTarget {
     qmp: Qmp,
     description: Description,
     ram: Arc<GuestRam>,
+    devices: Vec<DeviceFacts>,
     state: Option<UnixStream>,
     borrowed: Option<Borrowed>,
     runs_next: bool,
@@ -42,9 +44,10 @@ impl QemuTarget {
         must_be_waiting(&mut qmp)?;
         let found = blocks::find(&mut qmp, true)?;
         let description = facts::describe(&mut qmp, socket, &found)?;
+        let devices = devices::passed_through(&mut qmp, &found.layout)?;
         let FoundRam { layout, files, .. } = found;
         let ram = Arc::new(GuestRam::map(layout, files, Access::ReadWrite)?);
-        Ok(QemuTarget { qmp, description, ram, state: None, borrowed: None, runs_next: false })
+        Ok(QemuTarget { qmp, description, ram, devices, state: None, borrowed: None, runs_next: false })
     }
 
     fn listen(&mut self) -> Result<(), GuestError> {
@@ -75,6 +78,15 @@ impl TargetGuest for QemuTarget {
 
     fn ram(&self) -> Arc<GuestRam> {
         Arc::clone(&self.ram)
+    }
+
+    fn devices(&self) -> &[DeviceFacts] {
+        &self.devices
+    }
+
+    /// None: QEMU loads what it passes through from its own state.
+    fn device_sinks(&mut self) -> Result<Vec<Box<dyn Write + Send>>, GuestError> {
+        Ok(Vec::new())
     }
 
     fn prepare(&mut self) -> Result<(), GuestError> {
