@@ -27,7 +27,7 @@ pub struct Assets {
 impl Assets {
     /// Looks for everything; the error says what is missing and how to get it.
     pub fn find() -> Result<Self, RigError> {
-        let qemu = find_qemu()?;
+        let qemu = Self::find_qemu()?;
         let folder = cache_folder().join("guest");
         let kernel = folder.join("vmlinuz");
         if !kernel.is_file() {
@@ -39,15 +39,16 @@ impl Assets {
         let modules = modules.filter(|path| path.is_file()).collect();
         Ok(Self { qemu, kernel, modules, init: find_init()? })
     }
-}
 
-fn find_qemu() -> Result<PathBuf, RigError> {
-    let given = std::env::var_os("VMFERRY_QEMU").map(PathBuf::from);
-    given.or_else(|| in_path(OsStr::new("qemu-system-x86_64"))).ok_or_else(|| {
-        RigError::Missing(
-            "qemu-system-x86_64 is not installed: run 'scripts/setup', or set VMFERRY_QEMU".to_owned(),
-        )
-    })
+    /// `$VMFERRY_QEMU`, or `qemu-system-x86_64` of the path.
+    pub fn find_qemu() -> Result<PathBuf, RigError> {
+        let given = std::env::var_os("VMFERRY_QEMU").map(PathBuf::from);
+        given.or_else(|| in_path(OsStr::new("qemu-system-x86_64"))).ok_or_else(|| {
+            RigError::Missing(
+                "qemu-system-x86_64 is not installed: run 'scripts/setup', or set VMFERRY_QEMU".to_owned(),
+            )
+        })
+    }
 }
 
 fn in_path(name: &OsStr) -> Option<PathBuf> {
@@ -55,7 +56,9 @@ fn in_path(name: &OsStr) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
 }
 
-fn cache_folder() -> PathBuf {
+/// Where `scripts/setup` and `scripts/lab setup` keep what they fetched: `$VMFERRY_CACHE`, or `~/.cache/vmferry`.
+#[must_use]
+pub fn cache_folder() -> PathBuf {
     let given = std::env::var_os("VMFERRY_CACHE").map(PathBuf::from);
     given
         .unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/vmferry"))
