@@ -44,7 +44,8 @@ pub struct RecordHeader {
     pub flags: U16,
     /// The record's place on its lane and direction, from 0: also the nonce it was sealed with.
     pub counter: U64,
-    /// Chunk: its number. Zero run: the number of its first chunk. Credit: wire bytes taken in.
+    /// Chunk: its number. Zero run: the number of its first chunk. Credit: wire bytes taken in. State: its stream,
+    /// 0 for the VMM's own state; a peer of protocol version 1 knows no other.
     pub chunk: U64,
     /// Chunk: the pages that this record tells about.
     pub present: U64,
@@ -70,7 +71,7 @@ pub enum Kind {
     Chunk = 1,
     /// Chunks that are zero all over.
     ZeroRun = 2,
-    /// Bytes of the device state; an empty one ends it.
+    /// Bytes of a state stream; an empty one ends it.
     State = 3,
     /// Asks for a credit at once.
     Sync = 4,
@@ -92,13 +93,18 @@ pub enum Record {
         /// How many chunks, at least one.
         count: u64,
     },
-    /// Bytes of the device state.
+    /// Bytes of a state stream: 0 is the VMM's own state, the others are devices'.
     State {
+        /// The stream; it travels on the lane of this number modulo the lanes.
+        stream: u16,
         /// How many, 1 to [`BODY_BYTES_MAX`].
         len: u32,
     },
-    /// The device state is complete.
-    StateEnd,
+    /// A state stream is complete.
+    StateEnd {
+        /// The stream.
+        stream: u16,
+    },
     /// Asks for a credit at once.
     Sync,
     /// Nothing follows on this lane.
@@ -163,9 +169,12 @@ pub enum FrameFault {
     /// A page that the guest does not have.
     #[error("a record names pages that the guest does not have")]
     NoSuchPage,
-    /// A chunk that belongs to another lane.
-    #[error("a chunk came on a lane that it does not belong to")]
+    /// A chunk or a state stream that belongs to another lane.
+    #[error("a chunk or a device's state came on a lane that it does not belong to")]
     WrongLane,
+    /// A state stream that nobody agreed on.
+    #[error("state stream {0} came, which was not agreed on")]
+    UnknownStream(u16),
     /// A kind that does not travel in this direction, on this lane or at this time.
     #[error("a record of kind {0:?} came where none may come")]
     Unexpected(Kind),
@@ -199,7 +208,7 @@ impl Record {
         match self {
             Record::Chunk(_) => Kind::Chunk,
             Record::ZeroRun { .. } => Kind::ZeroRun,
-            Record::State { .. } | Record::StateEnd => Kind::State,
+            Record::State { .. } | Record::StateEnd { .. } => Kind::State,
             Record::Sync => Kind::Sync,
             Record::End => Kind::End,
             Record::Credit(_) => Kind::Credit,
@@ -235,7 +244,8 @@ impl Record {
                 header.chunk = U64::new(first.0);
                 header.amount = U64::new(count);
             }
-            Record::State { len } => {
+            Record::State { stream, len } => {
+                header.chunk = U64::new(u64::from(stream));
                 header.body_len = U32::new(len);
                 header.plain_len = U32::new(len);
             }
@@ -243,7 +253,8 @@ impl Record {
                 header.chunk = U64::new(credit.bytes);
                 header.amount = U64::new(credit.records);
             }
-            Record::StateEnd | Record::Sync | Record::End => {}
+            Record::StateEnd { stream } => header.chunk = U64::new(u64::from(stream)),
+            Record::Sync | Record::End => {}
         }
         header
     }
@@ -252,8 +263,12 @@ impl Record {
     pub const fn body_len(&self) -> usize {
         match self {
             Record::Chunk(chunk) => chunk.body_len as usize,
-            Record::State { len } => *len as usize,
-            Record::ZeroRun { .. } | Record::StateEnd | Record::Sync | Record::End | Record::Credit(_) => 0,
+            Record::State { len, .. } => *len as usize,
+            Record::ZeroRun { .. }
+            | Record::StateEnd { .. }
+            | Record::Sync
+            | Record::End
+            | Record::Credit(_) => 0,
         }
     }
 }
@@ -286,8 +301,8 @@ impl RecordHeader {
             Kind::ZeroRun => {
                 Record::ZeroRun { first: ChunkIndex(self.chunk.get()), count: self.amount.get() }
             }
-            Kind::State if self.body_len == U32::ZERO => Record::StateEnd,
-            Kind::State => Record::State { len: self.body_len.get() },
+            Kind::State if self.body_len == U32::ZERO => Record::StateEnd { stream: self.check_stream()? },
+            Kind::State => Record::State { stream: self.check_stream()?, len: self.body_len.get() },
             Kind::Sync => Record::Sync,
             Kind::End => Record::End,
             Kind::Credit => Record::Credit(Credit { records: self.amount.get(), bytes: self.chunk.get() }),
@@ -295,6 +310,10 @@ impl RecordHeader {
         // Whatever the record does not use must be as we would have sent it: there is one way to say a thing.
         let canonical = RecordHeader { counter: self.counter, ..record.header() };
         if canonical == *self { Ok(record) } else { Err(FrameFault::BadField("unused part")) }
+    }
+
+    fn check_stream(&self) -> Result<u16, FrameFault> {
+        u16::try_from(self.chunk.get()).map_err(|_| FrameFault::BadField("stream"))
     }
 
     fn check_chunk(&self) -> Result<ChunkRecord, FrameFault> {
@@ -348,7 +367,7 @@ pub fn first_record(arrived: &[u8], tag_bytes: usize) -> Result<Option<Framed>, 
 mod tests {
     use super::*;
 
-    fn records() -> [Record; 8] {
+    fn records() -> [Record; 10] {
         let chunk = ChunkRecord {
             chunk: ChunkIndex(7),
             present: 0b111,
@@ -360,8 +379,10 @@ mod tests {
             Record::Chunk(chunk),
             Record::Chunk(ChunkRecord { body_len: 77, compressed: true, ..chunk }),
             Record::ZeroRun { first: ChunkIndex(9), count: 4 },
-            Record::State { len: 300 },
-            Record::StateEnd,
+            Record::State { stream: 0, len: 300 },
+            Record::StateEnd { stream: 0 },
+            Record::State { stream: 3, len: 300 },
+            Record::StateEnd { stream: 3 },
             Record::Sync,
             Record::End,
             Record::Credit(Credit { records: 3, bytes: 4096 }),
@@ -392,6 +413,15 @@ mod tests {
             &[0; 8],
         ];
         assert_eq!(header.as_bytes(), fields.concat());
+    }
+
+    #[test]
+    fn the_vmms_state_has_the_bytes_of_version_1() {
+        let fields: [&[u8]; 7] =
+            [b"vmfy", &[1, 3], &[0; 10], &[0; 24], &[44, 1, 0, 0], &[44, 1, 0, 0], &[0; 16]];
+        assert_eq!(Record::State { stream: 0, len: 300 }.header().as_bytes(), fields.concat());
+        let fields: [&[u8]; 3] = [b"vmfy", &[1, 3], &[0; 58]];
+        assert_eq!(Record::StateEnd { stream: 0 }.header().as_bytes(), fields.concat());
     }
 
     #[test]

@@ -52,4 +52,4 @@ pub use page::{ByteLen, CHUNK_BYTES, CHUNK_PAGES, ChunkIndex, PAGE_BYTES, PageCo
 pub use page_set::PageSet;
 pub use receive::{Receiver, StateStream};
 pub use seal::{Cipher, LaneKey, Provider, fastest_provider};
-pub use send::{Compression, LaneTotals, SendPlan, Sender};
+pub use send::{Compression, LaneTotals, SendPlan, Sender, StateFeed};

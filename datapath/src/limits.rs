@@ -32,8 +32,17 @@ pub const ORDER_CHUNKS: usize = 16;
 /// Orders that may wait at a lane: with the above 16 MiB of guest, so a stop takes effect soon.
 pub const LANE_ORDERS: usize = 4;
 
-/// Device state that may wait for its reader on the target.
+/// The most devices whose states travel beside the VMM's own.
+pub const DEVICE_STREAMS_MAX: usize = 16;
+/// State that is handed to a lane at once. A lane with pages to send takes at most one such piece after each chunk,
+/// so device state has at most a fifth of it.
+pub const STATE_PIECE_BYTES: usize = 64 << 10;
+/// Pieces of state that may wait at a lane.
+pub const STATE_ORDERS: usize = 2;
+/// State of the VMM that may wait for its reader on the target.
 pub const STATE_PIPE_BYTES: usize = 1 << 20;
+/// The same of each device.
+pub const DEVICE_PIPE_BYTES: usize = 256 << 10;
 
 /// How long a peer may take in nothing while something is owed before the link is given up.
 pub const STALL_MAX: Duration = Duration::from_secs(10);
@@ -49,16 +58,22 @@ pub const BUDGET_BYTES: usize = 64 << 20;
 
 /// A sending lane: slots, credit ring, and the scratch of compression (one chunk gathered).
 const SENDING_LANE_BYTES: usize = SEND_SLOTS * SLOT_BYTES + CREDIT_BYTES + CHUNK_BYTES;
-/// Orders waiting at a lane: two words a chunk, or device state.
-const ORDERS_BYTES: usize = LANE_ORDERS * (CHUNK_BYTES + ORDER_CHUNKS * 16);
+/// Orders waiting at a lane: two words a chunk, and pieces of state.
+const ORDERS_BYTES: usize = LANE_ORDERS * ORDER_CHUNKS * 16 + STATE_ORDERS * STATE_PIECE_BYTES;
+/// What the feeders of the state streams hold in their hands: a piece each.
+const FEEDERS_BYTES: usize = (1 + DEVICE_STREAMS_MAX) * STATE_PIECE_BYTES;
+/// What waits for the readers of the state streams.
+const PIPES_BYTES: usize = STATE_PIPE_BYTES + DEVICE_STREAMS_MAX * DEVICE_PIPE_BYTES;
 /// A receiving lane: ring, credit slots, and the scratch of decompression.
 const RECEIVING_LANE_BYTES: usize = RECEIVE_BYTES + CREDIT_SLOTS * 4096 + CHUNK_BYTES;
 
-/// A source with every lane: lanes, state orders (lane 0 only), eight hashes bytes a page, and twelve page sets.
-const SOURCE_BYTES: usize =
-    LANES_MAX * SENDING_LANE_BYTES + ORDERS_BYTES + BUDGET_GUEST_PAGES * 8 + 12 * BUDGET_GUEST_PAGES / 8;
-/// A target with every lane: lanes, device state, and twelve page sets.
-const TARGET_BYTES: usize = LANES_MAX * RECEIVING_LANE_BYTES + STATE_PIPE_BYTES + 12 * BUDGET_GUEST_PAGES / 8;
+/// A source with every lane: lanes and their orders, state feeders, eight hashes bytes a page, and twelve page sets.
+const SOURCE_BYTES: usize = LANES_MAX * (SENDING_LANE_BYTES + ORDERS_BYTES)
+    + FEEDERS_BYTES
+    + BUDGET_GUEST_PAGES * 8
+    + 12 * BUDGET_GUEST_PAGES / 8;
+/// A target with every lane: lanes, state streams, and twelve page sets.
+const TARGET_BYTES: usize = LANES_MAX * RECEIVING_LANE_BYTES + PIPES_BYTES + 12 * BUDGET_GUEST_PAGES / 8;
 
 const _: () =
     assert!(SOURCE_BYTES < BUDGET_BYTES / 2, "the source leaves half of the budget to everyone else");

@@ -16,6 +16,7 @@ use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::never;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
@@ -142,7 +143,7 @@ pub fn seal(ram: &GuestRam, cipher: Cipher) -> Result<Measured, DataError> {
 pub fn seal_hot(bytes: u64, cipher: Cipher) -> Result<Measured, DataError> {
     let mut sealer = Sealer::new(cipher, key(cipher, 1))?;
     let mut buffer = vec![0; RECORD_BYTES_MAX];
-    let record = Record::State { len: 262_144 };
+    let record = Record::State { stream: 0, len: 262_144 };
     let rounds = bytes.div_ceil(CHUNK_BYTES as u64);
     timed(rounds * CHUNK_BYTES as u64, || {
         (0..rounds).try_for_each(|_| sealer.seal(&record, Source::InPlace, &mut buffer).map(|_| ()))
@@ -160,7 +161,8 @@ pub fn page(ram: &Arc<GuestRam>, cipher: Cipher) -> Result<Measured, DataError> 
         let (ram, told) = (Arc::clone(&ram), Arc::clone(&told));
         move |kit| {
             let body = BodyMaker::new(Compression::Off, None, Arc::default())?;
-            let mut lane = SendLane::new(kit, Arc::clone(&ram), body, Arc::new(AtomicU64::new(0)), u64::MAX);
+            let mut lane =
+                SendLane::new(kit, Arc::clone(&ram), body, Arc::new(AtomicU64::new(0)), u64::MAX, never());
             let measured = timed(bytes, || sweep(&mut lane, &ram))?;
             if let Ok(mut told) = told.lock() {
                 *told = Some(measured);

@@ -1,7 +1,8 @@
 //! The receiving half: everything that arrives is hostile until its tag was checked.
 //!
 //! ```text
-//!   link ──► lane thread ──► guest RAM            lane 0 ──► StateStream ──► the VMM
+//!   link ──► lane thread ──► guest RAM
+//!                  └── state stream s, on lane s % lanes ──► bounded pipe ──► StateStream ──► VMM, device
 //! ```
 //!
 //! Discard the target's memory before starting: a zero page on a page that nobody wrote is then no work at all.
@@ -12,7 +13,7 @@ use crate::error::DataError;
 use crate::frame::{Credit, FrameFault};
 use crate::guest_ram::GuestRam;
 use crate::lane::{Crew, Fate, LaneEnd};
-use crate::limits::{CREDIT_SLOTS, RECEIVE_BYTES};
+use crate::limits::{CREDIT_SLOTS, DEVICE_PIPE_BYTES, DEVICE_STREAMS_MAX, RECEIVE_BYTES, STATE_PIPE_BYTES};
 use crate::link::LinkPlan;
 use crate::meter::Meter;
 use crate::seal::Cipher;
@@ -30,8 +31,11 @@ use state_pipe::StatePipe;
 pub struct Receiver {
     crew: Crew,
     endings: Vec<Arc<Ending>>,
-    state: Arc<StatePipe>,
+    states: StatePipes,
 }
+
+/// The pipes of all state streams, by number.
+pub(crate) type StatePipes = Arc<[Arc<StatePipe>]>;
 
 /// The buffers of a receiving lane's link. Credit is all that it sends.
 pub(crate) const RECEIVE_LINK: LinkPlan =
@@ -44,23 +48,41 @@ impl Receiver {
         lanes: Vec<LaneEnd>,
         cipher: Cipher,
     ) -> Result<(Receiver, StateStream), DataError> {
+        let (receiver, mut streams) = Receiver::start_with_devices(ram, lanes, cipher, 0)?;
+        Ok((receiver, streams.remove(0)))
+    }
+
+    /// The same for a guest with so many devices, at most [`DEVICE_STREAMS_MAX`], whose states travel beside the
+    /// VMM's own: stream 0 is the VMM's, the devices' follow. Each must be read by somebody, since a full pipe holds
+    /// its lane.
+    pub fn start_with_devices(
+        ram: Arc<GuestRam>,
+        lanes: Vec<LaneEnd>,
+        cipher: Cipher,
+        devices: usize,
+    ) -> Result<(Receiver, Vec<StateStream>), DataError> {
+        if devices > DEVICE_STREAMS_MAX {
+            return Err(DataError::Bug("more device streams than the limit were asked for"));
+        }
         let populated = ram.populated()?;
-        let (written, state) = (Arc::new(Written::new(&populated)), StatePipe::new());
+        let written = Arc::new(Written::new(&populated));
+        let device_pipes = (0..devices).map(|_| StatePipe::new(DEVICE_PIPE_BYTES));
+        let states: StatePipes =
+            std::iter::once(StatePipe::new(STATE_PIPE_BYTES)).chain(device_pipes).collect();
         let mut endings = Vec::with_capacity(lanes.len());
-        let (all, pipe) = (&mut endings, Arc::clone(&state));
-        let crew = Crew::muster(lanes, cipher, RECEIVE_LINK, move |number| {
+        let (all, pipes) = (&mut endings, Arc::clone(&states));
+        let crew = Crew::muster(lanes, cipher, RECEIVE_LINK, move |_| {
             let (ram, written, ending) = (Arc::clone(&ram), Arc::clone(&written), Arc::new(Ending::new()));
             all.push(Arc::clone(&ending));
-            let pipe = Arc::clone(&pipe);
+            let pipes = Arc::clone(&pipes);
             move |kit| {
                 let fate = Arc::clone(&kit.fate);
-                let state = (number == 0).then(|| Arc::clone(&pipe));
-                let lane = ReceiveLane::new(kit, ram, written, ending, state);
-                lane.and_then(ReceiveLane::run).inspect_err(|failure| end_state(&pipe, &fate, failure))
+                let lane = ReceiveLane::new(kit, ram, written, ending, Arc::clone(&pipes));
+                lane.and_then(ReceiveLane::run).inspect_err(|failure| end_states(&pipes, &fate, failure))
             }
         })?;
-        let stream = StateStream(Arc::clone(&state));
-        Ok((Receiver { crew, endings, state }, stream))
+        let streams = states.iter().map(|pipe| StateStream(Arc::clone(pipe))).collect();
+        Ok((Receiver { crew, endings, states }, streams))
     }
 
     /// Returns when every lane has ended with exactly these totals. `Ok(false)` as soon as `go_on`, asked every
@@ -105,15 +127,15 @@ impl Receiver {
     /// Closes every link and ends every lane at once.
     pub fn abort(&mut self) {
         self.crew.fate.stop();
-        self.state.end(Err(self.crew.fate.cause()));
+        self.states.iter().for_each(|pipe| pipe.end(Err(self.crew.fate.cause())));
         self.crew.disband();
     }
 }
 
-/// Whoever reads the state must not wait for a transfer that is over.
-fn end_state(pipe: &StatePipe, fate: &Fate, failure: &DataError) {
+/// Whoever reads a state must not wait for a transfer that is over.
+fn end_states(pipes: &[Arc<StatePipe>], fate: &Fate, failure: &DataError) {
     fate.fail(failure.clone());
-    pipe.end(Err(fate.cause()));
+    pipes.iter().for_each(|pipe| pipe.end(Err(fate.cause())));
 }
 
 impl Drop for Receiver {

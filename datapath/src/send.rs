@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   send(pages) ── chunk % lanes ──► bounded queue ──► lane thread ──► link
+//!   StateFeed ─── stream % lanes ──► bounded queue ────────┘  at most one piece after each chunk
 //! ```
 //!
 //! The caller's thread only sorts chunks onto lanes. It asks `go_on` every few milliseconds, and is never blocked
@@ -16,18 +17,23 @@ use serde::{Deserialize, Serialize};
 use crate::error::DataError;
 use crate::guest_ram::GuestRam;
 use crate::lane::{Crew, LaneEnd};
-use crate::limits::{CREDIT_BYTES, LANE_ORDERS, SEND_SLOTS, SLOT_BYTES, TICK, WINDOW_BYTES};
+use crate::limits::{
+    CREDIT_BYTES, DEVICE_STREAMS_MAX, LANE_ORDERS, SEND_SLOTS, SLOT_BYTES, STATE_ORDERS, TICK, WINDOW_BYTES,
+};
 use crate::link::LinkPlan;
 use crate::meter::{Meter, MeterReader};
-use crate::page::CHUNK_BYTES;
 use crate::page_set::PageSet;
 use crate::seal::Cipher;
 
 pub(crate) mod body;
+mod feed;
 pub(crate) mod lane;
 mod pacer;
 
+pub use feed::StateFeed;
+
 use body::{BodyMaker, SentHashes};
+use feed::StateOrder;
 use lane::{Batch, Order, SendLane};
 
 /// Whether bodies are compressed.
@@ -70,6 +76,8 @@ pub struct LaneTotals {
 /// Sends pages and device state over all lanes.
 pub struct Sender {
     queues: Vec<Queue<Order>>,
+    state_queues: Vec<Queue<StateOrder>>,
+    vmm_state: Option<StateFeed>,
     crew: Crew,
     ram: Arc<GuestRam>,
     hashes: Option<Arc<SentHashes>>,
@@ -93,18 +101,32 @@ impl Sender {
         let hashes = plan.keep_hashes.then(|| Arc::new(SentHashes::new(ram.layout())));
         let rate = Arc::new(AtomicU64::new(share(plan.rate_limit, lanes.len())));
         let compressing = Arc::new(AtomicBool::new(true));
-        let mut queues = Vec::with_capacity(lanes.len());
+        let (mut queues, mut state_queues) = (Vec::with_capacity(lanes.len()), Vec::new());
         let crew = Crew::muster(lanes, plan.cipher, SEND_LINK, |_| {
             let (queue, orders) = bounded(LANE_ORDERS);
             queues.push(queue);
+            let (queue, states) = bounded(STATE_ORDERS);
+            state_queues.push(queue);
             let (ram, rate, hashes) = (Arc::clone(&ram), Arc::clone(&rate), hashes.clone());
             let compressing = Arc::clone(&compressing);
             move |kit| {
                 let body = BodyMaker::new(plan.compression, hashes, compressing)?;
-                SendLane::new(kit, ram, body, rate, WINDOW_BYTES).run(&orders)
+                SendLane::new(kit, ram, body, rate, WINDOW_BYTES, states).run(&orders)
             }
         })?;
-        Ok(Sender { queues, crew, ram, hashes, rate, compressing, ended: false })
+        let mut sender = Sender {
+            queues,
+            state_queues,
+            vmm_state: None,
+            crew,
+            ram,
+            hashes,
+            rate,
+            compressing,
+            ended: false,
+        };
+        sender.vmm_state = Some(sender.feed(0)?);
+        Ok(sender)
     }
 
     /// Sends the pages of a set. `go_on` is asked every few milliseconds; after `Ok(false)`, when it said no, some
@@ -128,20 +150,39 @@ impl Sender {
         self.ask_all(Order::Sync, go_on)
     }
 
-    /// Sends bytes of the device state, on lane 0.
+    /// Sends bytes of the VMM's own state, stream 0, on lane 0.
     pub fn send_state(&mut self, bytes: &[u8]) -> Result<(), DataError> {
-        for piece in bytes.chunks(CHUNK_BYTES) {
-            self.order(0, Order::State(piece.into()), &mut || true)?;
-        }
-        Ok(())
+        self.vmm_state()?.send(bytes, &mut || true).map(|_| ())
     }
 
-    /// The device state is complete.
+    /// The VMM's own state is complete.
     pub fn end_state(&mut self) -> Result<(), DataError> {
-        self.order(0, Order::StateEnd, &mut || true).map(|_| ())
+        self.vmm_state()?.end()
     }
 
-    /// Ends every lane, and gives what each carried. Nothing may be sent afterwards.
+    /// The feed of device stream `stream`, 1 to [`DEVICE_STREAMS_MAX`], to be asked for once. It works beside
+    /// everything else that is sent.
+    pub fn device_feed(&self, stream: u16) -> Result<StateFeed, DataError> {
+        match usize::from(stream) {
+            1..=DEVICE_STREAMS_MAX => self.feed(stream),
+            _ => Err(DataError::Bug("a device stream past the limit was asked for")),
+        }
+    }
+
+    fn feed(&self, stream: u16) -> Result<StateFeed, DataError> {
+        let lane = usize::from(stream) % self.state_queues.len().max(1);
+        let queue = self.state_queues.get(lane).ok_or_else(|| self.crew.fate.cause())?;
+        Ok(StateFeed::new(stream, queue.clone(), Arc::clone(&self.crew.fate)))
+    }
+
+    fn vmm_state(&mut self) -> Result<&mut StateFeed, DataError> {
+        if self.ended {
+            return Err(DataError::Bug("something was sent after the end"));
+        }
+        self.vmm_state.as_mut().ok_or(DataError::Bug("the VMM's state has no feed"))
+    }
+
+    /// Ends every lane, and gives what each carried. Nothing may be sent afterwards: every feed was ended before.
     pub fn finish(&mut self) -> Result<Vec<LaneTotals>, DataError> {
         self.ask_all(Order::End, &mut || true)?;
         self.ended = true;
@@ -186,6 +227,7 @@ impl Sender {
     /// Closes every link and ends every lane at once, also when the peer is stuck.
     pub fn abort(&mut self) {
         self.queues.clear();
+        self.state_queues.clear();
         self.crew.disband();
     }
 

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use zstd::bulk::Decompressor;
 
+use super::StatePipes;
 use super::state_pipe::StatePipe;
 use crate::error::{DataError, LinkFault};
 use crate::frame::{ChunkRecord, Credit, FrameFault, Framed, Kind, Record, first_record, missing};
@@ -45,8 +46,7 @@ pub(crate) struct ReceiveLane {
     ram: Arc<GuestRam>,
     written: Arc<Written>,
     ending: Arc<Ending>,
-    /// Lane 0's only.
-    state: Option<Arc<StatePipe>>,
+    states: StatePipes,
     decompressor: Decompressor<'static>,
     scratch: Box<[u8]>,
     taken: Credit,
@@ -61,7 +61,7 @@ impl ReceiveLane {
         ram: Arc<GuestRam>,
         written: Arc<Written>,
         ending: Arc<Ending>,
-        state: Option<Arc<StatePipe>>,
+        states: StatePipes,
     ) -> Result<ReceiveLane, DataError> {
         let decompressor = Decompressor::new().map_err(|_| DataError::HostRefused {
             service: "set up zstd",
@@ -75,7 +75,7 @@ impl ReceiveLane {
             ram,
             written,
             ending,
-            state,
+            states,
             decompressor,
             scratch,
             taken,
@@ -159,8 +159,8 @@ impl ReceiveLane {
                 let pages = target.zero_run(first, count).map_err(|refusal| refusal.on_lane(lane))?;
                 self.kit.gauge.zero_pages.add(pages);
             }
-            Record::State { .. } => {
-                let pipe = open_pipe(self.state.as_deref()).map_err(blame)?;
+            Record::State { stream, .. } => {
+                let pipe = target.open_pipe(&self.states, stream).map_err(blame)?;
                 let mut rest: &[u8] = body;
                 self.kit.gauge.state_bytes.add(rest.len() as u64);
                 while !rest.is_empty() && !self.kit.fate.is_stopped() {
@@ -168,19 +168,22 @@ impl ReceiveLane {
                     rest = &rest[done..];
                 }
             }
-            Record::StateEnd => open_pipe(self.state.as_deref()).map_err(blame)?.end(Ok(())),
+            Record::StateEnd { stream } => {
+                target.open_pipe(&self.states, stream).map_err(blame)?.end(Ok(()));
+            }
             Record::Sync | Record::End => self.asked = true,
             Record::Credit(_) => return Err(blame(FrameFault::Unexpected(Kind::Credit))),
         }
         Ok(())
     }
 
-    /// The lane is complete. Device state that was not ended never will be.
+    /// The lane is complete. A state on it that was not ended never will be.
     fn end(&mut self) -> Result<(), DataError> {
         let cut =
             DataError::PeerMisbehaved { lane: self.kit.number, fault: FrameFault::Unexpected(Kind::End) };
-        if let Some(state) = &self.state {
-            state.end(Err(cut));
+        let lanes = usize::try_from(self.kit.lanes).unwrap_or(usize::MAX);
+        for state in self.states.iter().skip(usize::from(self.kit.number)).step_by(lanes) {
+            state.end(Err(cut.clone()));
         }
         self.ending.set(self.taken).map_err(|_| DataError::Bug("a lane ended twice"))?;
         self.kit.fate.announce();
@@ -202,11 +205,6 @@ impl ReceiveLane {
             outcome => outcome.map_err(|trouble| trouble.on_lane(self.kit.number)),
         }
     }
-}
-
-/// Device state travels on lane 0 only, and not after its end.
-fn open_pipe(state: Option<&StatePipe>) -> Result<&StatePipe, FrameFault> {
-    state.filter(|pipe| !pipe.is_ended()).ok_or(FrameFault::Unexpected(Kind::State))
 }
 
 fn expand<'a>(
@@ -244,6 +242,15 @@ struct Target<'a> {
 }
 
 impl Target<'_> {
+    /// A state stream was agreed on, travels on one lane only, and not after its end.
+    fn open_pipe<'p>(&self, states: &'p StatePipes, stream: u16) -> Result<&'p StatePipe, FrameFault> {
+        let pipe = states.get(usize::from(stream)).ok_or(FrameFault::UnknownStream(stream))?;
+        if u64::from(stream) % self.lanes != self.lane {
+            return Err(FrameFault::WrongLane);
+        }
+        if pipe.is_ended() { Err(FrameFault::Unexpected(Kind::State)) } else { Ok(pipe) }
+    }
+
     fn write_chunk(&self, record: &ChunkRecord, body: &[u8]) -> Result<(), Refusal> {
         let chunk = record.chunk;
         if chunk.0 % self.lanes != self.lane {

@@ -1,11 +1,11 @@
-//! Device state between lane 0 and its reader: a bounded pipe that knows the end from a failure.
+//! A state stream between its lane and its reader: a bounded pipe that knows the end from a failure.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::error::DataError;
-use crate::limits::{STATE_PIPE_BYTES, TICK};
+use crate::limits::TICK;
 
 struct Pipe {
     bytes: VecDeque<u8>,
@@ -15,16 +15,17 @@ struct Pipe {
     unread: bool,
 }
 
-/// The writing end, held by lane 0.
+/// The writing end, held by the stream's lane.
 pub(crate) struct StatePipe {
+    bytes_max: usize,
     pipe: Mutex<Pipe>,
     moved: Condvar,
 }
 
 impl StatePipe {
-    pub(crate) fn new() -> Arc<StatePipe> {
-        let pipe = Pipe { bytes: VecDeque::with_capacity(STATE_PIPE_BYTES), end: None, unread: false };
-        Arc::new(StatePipe { pipe: Mutex::new(pipe), moved: Condvar::new() })
+    pub(crate) fn new(bytes_max: usize) -> Arc<StatePipe> {
+        let pipe = Pipe { bytes: VecDeque::with_capacity(bytes_max), end: None, unread: false };
+        Arc::new(StatePipe { bytes_max, pipe: Mutex::new(pipe), moved: Condvar::new() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Pipe> {
@@ -38,14 +39,13 @@ impl StatePipe {
 
     /// Appends as much as there is room for, waiting at most a tick for some; how much that was.
     pub(crate) fn push(&self, bytes: &[u8]) -> usize {
-        let full =
-            |pipe: &mut Pipe| pipe.bytes.len() >= STATE_PIPE_BYTES && !pipe.unread && pipe.end.is_none();
+        let full = |pipe: &mut Pipe| pipe.bytes.len() >= self.bytes_max && !pipe.unread && pipe.end.is_none();
         let waited = self.moved.wait_timeout_while(self.lock(), TICK, full);
         let mut pipe = waited.unwrap_or_else(PoisonError::into_inner).0;
         if pipe.unread || pipe.end.is_some() {
             return bytes.len();
         }
-        let len = bytes.len().min(STATE_PIPE_BYTES.saturating_sub(pipe.bytes.len()));
+        let len = bytes.len().min(self.bytes_max.saturating_sub(pipe.bytes.len()));
         pipe.bytes.extend(&bytes[..len]);
         drop(pipe);
         self.moved.notify_all();
@@ -59,7 +59,7 @@ impl StatePipe {
     }
 }
 
-/// The device state as it arrives on lane 0: ends where the sender ended it, fails when the transfer does.
+/// A state as it arrives on its lane: ends where the sender ended it, fails when the transfer does.
 pub struct StateStream(pub(crate) Arc<StatePipe>);
 
 impl Read for StateStream {

@@ -27,7 +27,7 @@ fn rate(provider: Provider) -> f64 {
     let key = LaneKey::from_bytes([0x5a; 32]);
     let Ok(mut sealer) = Sealer::new(Cipher::Aes256Gcm(provider), Some(key)) else { return 0.0 };
     let mut buffer = vec![0; RECORD_BYTES_MAX];
-    let record = Record::State { len: BODY_BYTES };
+    let record = Record::State { stream: 0, len: BODY_BYTES };
     let mut seal = || sealer.seal(&record, Source::InPlace, &mut buffer).is_ok();
     // The first record pays for cold caches and cold vector units.
     if !seal() {

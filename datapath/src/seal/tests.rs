@@ -26,7 +26,7 @@ fn opener(cipher: Cipher) -> Opener {
 fn state(sealer: &mut Sealer, body: &[u8]) -> Vec<u8> {
     let mut buffer = vec![0; RECORD_BYTES_MAX];
     buffer[HEADER_BYTES..HEADER_BYTES + body.len()].copy_from_slice(body);
-    let record = Record::State { len: u32::try_from(body.len()).unwrap() };
+    let record = Record::State { stream: 0, len: u32::try_from(body.len()).unwrap() };
     let len = sealer.seal(&record, Source::InPlace, &mut buffer).unwrap();
     buffer.truncate(len);
     buffer
@@ -95,7 +95,7 @@ fn guest_memory_seals_like_its_copy() {
 fn a_source_of_the_wrong_length_is_refused() {
     let ram = filled_ram(3, 8);
     for cipher in CIPHERS {
-        let record = Record::State { len: 8192 };
+        let record = Record::State { stream: 0, len: 8192 };
         for pages in [0b1, 0b111, 1 << 20] {
             let source = Source::Guest { ram: &ram, chunk: ChunkIndex(0), pages };
             let refused = sealer(cipher).seal(&record, source, &mut vec![0; RECORD_BYTES_MAX]);

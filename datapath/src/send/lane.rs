@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   orders ─► find zero pages ─► record ─► seal into the open slot ─► submit when it is full or nothing is left
+//!   states ─► a piece a chunk ──────┘
 //!                                                    ◄─ credits: at most WINDOW_BYTES ahead of the receiver
 //! ```
 //!
@@ -13,9 +14,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
 
 use super::body::BodyMaker;
+use super::feed::StateOrder;
 use super::pacer::Pacer;
 use crate::error::{DataError, LinkFault};
 use crate::frame::{ChunkRecord, Credit, FrameFault, HEADER_BYTES, Record, TAG_BYTES, first_record};
@@ -62,10 +64,6 @@ pub(crate) enum Order {
     Pages(Batch),
     /// Tell that these pages are zero, without reading them.
     Zero(Batch),
-    /// Send a piece of device state, at most a chunk long.
-    State(Box<[u8]>),
-    /// The device state is complete.
-    StateEnd,
     /// Answer when the receiver has everything.
     Sync(Sender<()>),
     /// Nothing follows; answer as above.
@@ -81,6 +79,8 @@ pub(crate) struct SendLane {
     rate: Arc<AtomicU64>,
     pacer: Pacer,
     window: u64,
+    /// Device state, which travels beside the pages.
+    states: Receiver<StateOrder>,
     /// The slot being filled, and how far it is.
     open: Option<(usize, usize)>,
     /// Zero chunks that are not written out yet: the first, and how many.
@@ -97,6 +97,7 @@ impl SendLane {
         body: BodyMaker,
         rate: Arc<AtomicU64>,
         window: u64,
+        states: Receiver<StateOrder>,
     ) -> SendLane {
         SendLane {
             kit,
@@ -105,6 +106,7 @@ impl SendLane {
             rate,
             pacer: Pacer::default(),
             window,
+            states,
             open: None,
             zero_run: None,
             sent_bytes: 0,
@@ -116,6 +118,7 @@ impl SendLane {
     /// Obeys until nobody is left to order.
     pub(crate) fn run(mut self, orders: &Receiver<Order>) -> Result<(), DataError> {
         loop {
+            self.state_turn()?;
             let order = match orders.try_recv() {
                 Ok(order) => order,
                 Err(TryRecvError::Disconnected) => return Ok(()),
@@ -132,10 +135,27 @@ impl SendLane {
     /// Sends what is gathered and waits for an order.
     fn rest(&mut self, orders: &Receiver<Order>) -> Result<Rest, DataError> {
         self.settle()?;
-        match self.kit.gauge.waiting(|| orders.recv_timeout(IDLE)) {
-            Ok(order) => Ok(Rest::Work(order)),
-            Err(RecvTimeoutError::Disconnected) => Ok(Rest::Over),
-            Err(RecvTimeoutError::Timeout) => self.look().map(|()| Rest::Idle),
+        let states = &self.states;
+        let woken = self.kit.gauge.waiting(|| {
+            select! {
+                recv(orders) -> order => order.map_or(Woken::Over, Woken::Order),
+                recv(states) -> piece => piece.map_or(Woken::Over, Woken::State),
+                default(IDLE) => Woken::Late,
+            }
+        });
+        match woken {
+            Woken::Order(order) => Ok(Rest::Work(order)),
+            Woken::State(piece) => self.send_state(&piece).map(|()| Rest::Idle),
+            Woken::Over => Ok(Rest::Over),
+            Woken::Late => self.look().map(|()| Rest::Idle),
+        }
+    }
+
+    /// At most one piece of state: what it may have while pages wait. Whether there was one.
+    fn state_turn(&mut self) -> Result<bool, DataError> {
+        match self.states.try_recv() {
+            Ok(piece) => self.send_state(&piece).map(|()| true),
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => Ok(false),
         }
     }
 
@@ -153,10 +173,11 @@ impl SendLane {
 
     pub(crate) fn obey(&mut self, order: Order) -> Result<(), DataError> {
         match order {
-            Order::Pages(batch) => batch.iter().try_for_each(|(chunk, pages)| self.send_chunk(chunk, pages)),
+            Order::Pages(batch) => batch.iter().try_for_each(|(chunk, pages)| {
+                self.send_chunk(chunk, pages)?;
+                self.state_turn().map(|_| ())
+            }),
             Order::Zero(batch) => batch.iter().try_for_each(|(chunk, pages)| self.send_zero(chunk, pages)),
-            Order::State(bytes) => self.send_state(&bytes),
-            Order::StateEnd => self.emit(&Record::StateEnd, Source::InPlace),
             Order::Sync(done) => self.send_last(&Record::Sync, &done),
             Order::End(done) => {
                 self.send_last(&Record::End, &done)?;
@@ -218,7 +239,17 @@ impl SendLane {
         }
     }
 
-    fn send_state(&mut self, bytes: &[u8]) -> Result<(), DataError> {
+    fn send_state(&mut self, order: &StateOrder) -> Result<(), DataError> {
+        let StateOrder { stream, bytes } = order;
+        let stream = *stream;
+        if self.ended {
+            return Err(DataError::Bug("device state was sent after the end"));
+        }
+        if bytes.is_empty() {
+            return self.emit(&Record::StateEnd { stream }, Source::InPlace);
+        }
+        // Before the bytes are put where the record will be: written later, it would shift that place.
+        self.write_zero_run()?;
         let len =
             u32::try_from(bytes.len()).map_err(|_| DataError::Bug("a piece of device state was too long"))?;
         let (slot, filled) = self.room_for(HEADER_BYTES + bytes.len() + TAG_BYTES)?;
@@ -226,11 +257,12 @@ impl SendLane {
         let room = self.kit.link.slot_mut(slot).get_mut(start..start + bytes.len());
         room.ok_or(DataError::Bug("a piece of device state was too long"))?.copy_from_slice(bytes);
         self.kit.gauge.state_bytes.add(bytes.len() as u64);
-        self.emit(&Record::State { len }, Source::InPlace)
+        self.emit(&Record::State { stream, len }, Source::InPlace)
     }
 
     /// Sends a record that asks for credit, and answers when the receiver has taken in all there is.
     fn send_last(&mut self, record: &Record, done: &Sender<()>) -> Result<(), DataError> {
+        while self.state_turn()? {}
         self.emit(record, Source::InPlace)?;
         self.settle()?;
         while self.credit.records < self.kit.sealer.records() || self.kit.link.unsent() > 0 {
@@ -365,4 +397,15 @@ enum Rest {
     Work(Order),
     Idle,
     Over,
+}
+
+#[expect(
+    clippy::large_enum_variant,
+    reason = "an order passes through once, and a box would be an allocation"
+)]
+enum Woken {
+    Order(Order),
+    State(StateOrder),
+    Over,
+    Late,
 }

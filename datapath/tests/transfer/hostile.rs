@@ -77,6 +77,13 @@ impl Prey {
         bytes[0]
     }
 
+    /// Sends the bytes in question first.
+    #[track_caller]
+    fn refuses_at_once(mut self, bad: &[u8]) -> FrameFault {
+        self.send(bad);
+        self.fault()
+    }
+
     /// Sends a good page, the bytes in question, and a page that must not be written any more.
     #[track_caller]
     fn refuses(mut self, bad: &[u8]) -> FrameFault {
@@ -193,15 +200,50 @@ fn nothing_follows_the_end_and_state_ends_once() {
     records.iter().for_each(|bytes| prey.send(bytes));
     assert_eq!(prey.fault(), FrameFault::Unexpected(Kind::Chunk));
     let mut prey = Prey::new(SEALED);
-    let records = [prey.seal(Record::StateEnd, &[]), prey.seal(Record::State { len: 5 }, b"extra")];
+    let records = [
+        prey.seal(Record::StateEnd { stream: 0 }, &[]),
+        prey.seal(Record::State { stream: 0, len: 5 }, b"extra"),
+    ];
     records.iter().for_each(|bytes| prey.send(bytes));
     assert_eq!(prey.fault(), FrameFault::Unexpected(Kind::State));
 }
 
 #[test]
+fn a_state_stream_that_nobody_agreed_on_is_refused() {
+    for stream in [1, 2, u16::MAX] {
+        for record in [Record::State { stream, len: 4 }, Record::StateEnd { stream }] {
+            let mut prey = Prey::new(SEALED);
+            let body: &[u8] = if record.body_len() == 0 { &[] } else { b"evil" };
+            let bad = prey.seal(record, body);
+            assert_eq!(prey.refuses_at_once(&bad), FrameFault::UnknownStream(stream));
+        }
+    }
+}
+
+#[test]
+fn a_state_stream_on_another_lane_is_refused() {
+    let ((a, mut tap), (b, _other)) = (MemoryLink::tapped(), MemoryLink::tapped());
+    let ends = vec![end(a, SEALED, 0, false), end(b, SEALED, 1, false)];
+    let (receiver, mut states) = Receiver::start_with_devices(empty_ram(&[PAGES]), ends, SEALED, 2).unwrap();
+    let mut sealer = Sealer::new(SEALED, keys(SEALED, 0, true).map(|keys| keys.outbound)).unwrap();
+    let mut buffer = vec![0; RECORD_BYTES_MAX];
+    let mut send = |record: Record, tap: &mut Tap| {
+        let len = sealer.seal(&record, Source::InPlace, &mut buffer).unwrap();
+        tap.write(&buffer[..len]).unwrap();
+    };
+    // Lane 0 carries the even streams: device 2's state may end here, device 1's may not.
+    send(Record::StateEnd { stream: 2 }, &mut tap);
+    assert_eq!(states[2].read(&mut [0; 8]).unwrap(), 0);
+    send(Record::StateEnd { stream: 1 }, &mut tap);
+    assert!(states[1].read(&mut [0; 8]).is_err(), "the reader of a refused stream is told");
+    let refused = DataError::PeerMisbehaved { lane: 0, fault: FrameFault::WrongLane };
+    assert_eq!(receiver.failure(), Some(refused));
+}
+
+#[test]
 fn an_end_without_the_state_is_told_to_its_reader() {
     let mut prey = Prey::new(SEALED);
-    let records = [prey.seal(Record::State { len: 4 }, b"half"), prey.seal(Record::End, &[])];
+    let records = [prey.seal(Record::State { stream: 0, len: 4 }, b"half"), prey.seal(Record::End, &[])];
     records.iter().for_each(|bytes| prey.send(bytes));
     let mut state = Vec::new();
     assert!(prey.state.read_to_end(&mut state).is_err());

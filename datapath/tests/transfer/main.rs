@@ -8,6 +8,8 @@ mod moves;
 #[cfg(test)]
 mod parsers;
 #[cfg(test)]
+mod states;
+#[cfg(test)]
 mod trouble;
 #[cfg(test)]
 mod world;
