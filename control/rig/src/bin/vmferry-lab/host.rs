@@ -22,11 +22,13 @@ const LAST_WORDS_LINES: usize = 40;
 
 /// What a host is booted for.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Mode {
+pub(crate) enum Mode<'a> {
     /// To run the plan, each test within this time.
     Tests(Duration),
     /// For a person at this terminal.
-    Shell,
+    Terminal,
+    /// For a person who comes by this UNIX socket.
+    Socket(&'a Path),
 }
 
 /// Whether a host has ended.
@@ -54,7 +56,7 @@ impl LabHost {
         files: &LabFiles,
         image: &Path,
         folder: &Path,
-        mode: Mode,
+        mode: Mode<'_>,
     ) -> Result<LabHost, RigError> {
         let file = |kind: &str| folder.join(format!("{name}.{kind}"));
         let (results, console, nvme) = (file("results"), file("console"), file("nvme"));
@@ -89,7 +91,12 @@ impl LabHost {
                 .arg(format!("file:{}", console.display()))
                 .stdin(Stdio::null())
                 .stdout(Stdio::null()),
-            Mode::Shell => command.args(["-serial", "mon:stdio"]),
+            Mode::Terminal => command.args(["-serial", "mon:stdio"]),
+            Mode::Socket(path) => command
+                .arg("-serial")
+                .arg(format!("unix:{},server=on,wait=off", path.display()))
+                .stdin(Stdio::null())
+                .stdout(Stdio::null()),
         };
         let errors =
             File::create(file("errors")).map_err(|source| host_error("cannot write a log", source))?;
@@ -170,10 +177,10 @@ fn network(name: &str, folder: &Path) -> [String; 4] {
     ]
 }
 
-fn kernel_words(name: &str, mode: Mode) -> String {
+fn kernel_words(name: &str, mode: Mode<'_>) -> String {
     let (mode, limit) = match mode {
         Mode::Tests(limit) => ("tests", limit.as_secs()),
-        Mode::Shell => ("shell", 0),
+        Mode::Terminal | Mode::Socket(_) => ("shell", 0),
     };
     format!(
         "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic softlockup_panic=0 intel_iommu=on nokaslr mitigations=off audit=0 \

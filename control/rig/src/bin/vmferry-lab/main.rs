@@ -35,13 +35,12 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let outcome = match words[..] {
-        ["test"] => run_tests(None, false),
-        ["test", filter] => run_tests(Some(filter), false),
-        ["two-hosts"] => run_tests(None, true),
-        ["two-hosts", filter] => run_tests(Some(filter), true),
-        ["shell"] => shell(),
+        ["test"] => run_tests(None),
+        ["test", filter] => run_tests(Some(filter)),
+        ["shell"] => shell(false),
+        ["two-hosts"] => shell(true),
         _ => {
-            eprintln!("lab: use 'scripts/lab test [FILTER]', 'two-hosts [FILTER]' or 'shell'");
+            eprintln!("lab: use 'scripts/lab test [FILTER]', 'scripts/lab shell' or 'scripts/lab two-hosts'");
             return ExitCode::from(2);
         }
     };
@@ -55,10 +54,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn run_tests(filter: Option<&str>, two_only: bool) -> Result<bool, RigError> {
+fn run_tests(filter: Option<&str>) -> Result<bool, RigError> {
     let files = LabFiles::find()?;
     let binaries = tests::build()?;
-    let plan = Plan::make(&binaries, filter, two_only)?;
+    let plan = Plan::make(&binaries, filter)?;
     if plan.is_empty() {
         eprintln!("lab: no lab test has a name that contains {:?}", filter.unwrap_or_default());
         return Ok(false);
@@ -106,12 +105,22 @@ fn watch(hosts: &mut [LabHost], results: &mut Results, began: Instant) -> Result
     }
 }
 
-fn shell() -> Result<bool, RigError> {
+/// Host a's shell on this terminal, and host b's on a socket beside it.
+fn shell(two: bool) -> Result<bool, RigError> {
     let files = LabFiles::find()?;
     let binaries = tests::build()?;
     let folder = TempDir::new().map_err(|source| host_error("cannot create a folder", source))?;
     let image = image::build(&files, &Plan::whole(&binaries), &binaries, folder.path())?;
-    LabHost::boot("a", &files, &image, folder.path(), Mode::Shell)?.wait()
+    let socket = folder.path().join("b.console");
+    let boot = |name, mode| LabHost::boot(name, &files, &image, folder.path(), mode);
+    let _other = two.then(|| boot("b", Mode::Socket(&socket))).transpose()?;
+    if two {
+        let socket = socket.display();
+        println!(
+            "lab: host b's shell: socat -,raw,echo=0,escape=0x1d UNIX-CONNECT:{socket} (10.78.0.1 and .2 are the hosts)"
+        );
+    }
+    boot("a", Mode::Terminal)?.wait()
 }
 
 fn host_error(what: &str, source: std::io::Error) -> RigError {

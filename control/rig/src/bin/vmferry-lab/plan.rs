@@ -43,11 +43,7 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// The tests whose `binary::name` contains `filter`.
-    pub(crate) fn make(
-        binaries: &[TestBinary],
-        filter: Option<&str>,
-        two_only: bool,
-    ) -> Result<Plan, RigError> {
+    pub(crate) fn make(binaries: &[TestBinary], filter: Option<&str>) -> Result<Plan, RigError> {
         let mut plan = Plan::default();
         let (mut of_one, mut of_two) = (Vec::new(), Vec::new());
         for binary in binaries {
@@ -56,9 +52,7 @@ impl Plan {
             }
             let two = binary.name.starts_with("lab2_");
             let name = |test: &String| format!("{}::{test}", binary.name);
-            let wanted = |test: &&String| {
-                filter.is_none_or(|filter| name(test).contains(filter)) && (two || !two_only)
-            };
+            let wanted = |test: &&String| filter.is_none_or(|filter| name(test).contains(filter));
             let tests = binary.tests.iter().filter(wanted).map(|test| (binary.name.clone(), test.clone()));
             if two { of_two.extend(tests) } else { of_one.extend(tests) }
         }
@@ -75,7 +69,7 @@ impl Plan {
 
     /// Every binary at hand, and nothing to run.
     pub(crate) fn whole(binaries: &[TestBinary]) -> Plan {
-        Plan::make(binaries, None, false).unwrap_or_default()
+        Plan::make(binaries, None).unwrap_or_default()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -116,17 +110,13 @@ mod tests {
     #[test]
     fn one_host_tests_are_shared_out_and_two_host_tests_run_on_both() {
         let binaries = [binary("lab_x", &["one", "two", "three"]), binary("lab2_y", &["move"])];
-        let plan = Plan::make(&binaries, None, false).unwrap();
+        let plan = Plan::make(&binaries, None).unwrap();
         assert_eq!(plan.to_string(), "a lab_x one\nb lab_x two\na lab_x three\nab lab2_y move\n");
         assert_eq!(
-            Plan::make(&binaries, Some("lab_x::t"), false).unwrap().to_string(),
+            Plan::make(&binaries, Some("lab_x::t")).unwrap().to_string(),
             "a lab_x two\nb lab_x three\n"
         );
-        assert_eq!(Plan::make(&binaries, None, true).unwrap().to_string(), "ab lab2_y move\n");
-        assert!(Plan::make(&binaries, Some("nothing"), false).unwrap().is_empty());
-        assert!(
-            Plan::make(&[binary("lab_z", &[])], None, false).is_err(),
-            "a binary without tests is a mistake"
-        );
+        assert!(Plan::make(&binaries, Some("nothing")).unwrap().is_empty());
+        assert!(Plan::make(&[binary("lab_z", &[])], None).is_err(), "a binary without tests is a mistake");
     }
 }

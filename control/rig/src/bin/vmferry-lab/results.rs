@@ -139,8 +139,7 @@ mod tests {
             tests: tests.iter().map(|test| (*test).to_owned()).collect(),
         };
         Results::new(
-            &Plan::make(&[binary("lab_x", &["one", "two"]), binary("lab2_y", &["both"])], None, false)
-                .unwrap(),
+            &Plan::make(&[binary("lab_x", &["one", "two"]), binary("lab2_y", &["both"])], None).unwrap(),
         )
     }
 
