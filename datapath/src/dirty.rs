@@ -13,6 +13,9 @@ use crate::page_set::PageSet;
 
 pub mod combined;
 pub mod departing;
+pub mod kvm_log;
+pub mod kvm_ring;
+pub mod kvm_sys;
 pub mod pagemap;
 pub mod soft_dirty;
 
