@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use crate::guest_ram::runs;
 use crate::layout::RamLayout;
 use crate::page::{CHUNK_PAGES, ChunkIndex, PageCount, PageIndex};
 
@@ -45,6 +46,16 @@ impl PageSet {
             let run = if here == 64 { u64::MAX } else { ((1 << here) - 1) << bit };
             self.words[index(page / 64)] |= run;
             page += here;
+        }
+    }
+
+    /// Adds pages given as words of 64, bit n of word m being page `first + 64 m + n`; what lies past the end is left out.
+    pub fn insert_words(&mut self, first: PageIndex, words: &[u64]) {
+        for (word, number) in words.iter().zip(0_u64..).filter(|(word, _)| **word != 0) {
+            for (start, count) in runs(*word) {
+                let page = first.plus(PageCount(number * 64 + u64::from(start)));
+                self.insert_range(page, PageCount(u64::from(count)));
+            }
         }
     }
 
@@ -147,6 +158,17 @@ mod tests {
         assert_eq!(set.word(ChunkIndex(7)), 0);
         assert_eq!(set.take_word(ChunkIndex(1)), 0xff << 56);
         assert!(set.is_empty());
+    }
+
+    #[test]
+    fn words_land_where_they_begin() {
+        for first in [0, 64, 70] {
+            let mut set = PageSet::with_chunks(5);
+            set.insert_words(PageIndex(first), &[1 | 1 << 63, 0, u64::MAX]);
+            let found: Vec<u64> = (0..320).filter(|page| set.contains(PageIndex(*page))).collect();
+            let wanted: Vec<u64> = [0, 63].into_iter().chain(128..192).map(|page| page + first).collect();
+            assert_eq!(found, wanted, "words that begin at page {first}");
+        }
     }
 
     proptest! {

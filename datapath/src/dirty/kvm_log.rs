@@ -23,7 +23,6 @@ use rustix::io::Errno;
 
 use super::kvm_sys::{self, KvmSlot};
 use super::{DirtyLog, TrackError};
-use crate::page::{PageCount, PageIndex};
 use crate::page_set::PageSet;
 
 /// Pages that one CLEAR takes: the kernel counts them in 32 bits, and holds its lock meanwhile.
@@ -64,7 +63,7 @@ impl KvmLog {
         let words = &mut self.words[..usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX)];
         words.fill(0);
         kvm_sys::get_dirty_log(&self.vm, &slot, words).map_err(refused("read KVM's dirty log"))?;
-        insert_words(into, slot.first_page(), words);
+        into.insert_words(slot.first_page(), words);
         if !self.manual {
             return Ok(());
         }
@@ -83,16 +82,6 @@ impl KvmLog {
             at += count;
         }
         Ok(())
-    }
-}
-
-/// Adds pages given as words of a slot that begins at page `first`.
-fn insert_words(into: &mut PageSet, first: PageIndex, words: &[u64]) {
-    for (word, number) in words.iter().zip(0_u64..).filter(|(word, _)| **word != 0) {
-        for (start, count) in crate::guest_ram::runs(*word) {
-            let page = first.plus(PageCount(number * 64 + u64::from(start)));
-            into.insert_range(page, PageCount(u64::from(count)));
-        }
     }
 }
 
@@ -123,22 +112,6 @@ impl Drop for KvmLog {
         for slot in &self.slots {
             // A VM that is gone needs no tracking ended.
             let _ = kvm_sys::set_tracking(&self.vm, slot, false);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_land_where_their_slot_begins() {
-        for first in [0, 64, 70] {
-            let mut set = PageSet::with_chunks(5);
-            insert_words(&mut set, PageIndex(first), &[1 | 1 << 63, 0, u64::MAX]);
-            let found: Vec<u64> = (0..320).filter(|page| set.contains(PageIndex(*page))).collect();
-            let wanted: Vec<u64> = [0, 63].into_iter().chain(128..192).map(|page| page + first).collect();
-            assert_eq!(found, wanted, "slot at page {first}");
         }
     }
 }

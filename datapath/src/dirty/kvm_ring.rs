@@ -132,8 +132,10 @@ impl KvmRings {
 /// The upper half of an entry's slot is the address space, 0 outside of system management mode.
 fn insert_entry(into: &mut PageSet, slots: &[KvmSlot], entry: RingEntry) -> Result<(), TrackError> {
     let slot = slots.iter().find(|slot| slot.number() == entry.slot && entry.page < slot.pages().0);
-    let slot = slot
-        .ok_or(TrackError::HostRefused { service: "name a known slot in a dirty ring", errno: Errno::RANGE })?;
+    let slot = slot.ok_or(TrackError::HostRefused {
+        service: "name a known slot in a dirty ring",
+        errno: Errno::RANGE,
+    })?;
     into.insert_range(slot.first_page().plus(PageCount(entry.page)), PageCount(1));
     Ok(())
 }
