@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use vmferry::door::LaneHello;
 use vmferry_datapath::{ByteLen, RamBlock, RamLayout};
 use vmferry_session::{
-    AbortKind, AbortReason, Agreement, AttemptId, CipherSuite, CompressionMode, FinalTotals, GuestFacts,
-    LaneTally, Message, Offer, TargetTerms, TargetTimes, VERSION, encode,
+    AbortKind, AbortReason, Agreement, AttemptId, CipherSuite, CompressionMode, DeviceTimes, FinalTotals,
+    GuestFacts, LaneTally, Message, Offer, TargetTerms, TargetTimes, VERSION, encode,
 };
 use vmferry_tests::fuzz;
 use vmferry_tests::world::Dice;
@@ -51,7 +51,8 @@ fn messages() -> Vec<Message> {
         verify: true,
     };
     let lanes = (0..4).map(|lane| LaneTally { lane, records: 100, bytes: 1 << 30 }).collect();
-    let times = TargetTimes { complete_us: 10, load_us: 20, run_us: 30 };
+    let times =
+        TargetTimes { complete_us: 10, load_us: 20, run_us: 30, devices: DeviceTimes::new(5, &[1, 2]) };
     vec![
         Message::Offer(Box::new(offer())),
         Message::Answer(agreement),

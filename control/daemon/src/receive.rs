@@ -7,6 +7,7 @@
 //! What must never happen: the guest run without the licence that only a Commit gives.
 
 mod concierge;
+mod devices;
 mod spool;
 
 use std::net::TcpStream;
@@ -15,10 +16,10 @@ use std::time::{Duration, Instant};
 
 use vmferry_datapath::limits::LANES_MAX;
 use vmferry_datapath::{GuestRam, LaneTotals, Meter, Receiver};
-use vmferry_guest::{TargetGuest, open_target};
+use vmferry_guest::{DeviceFacts, TargetGuest, open_target};
 use vmferry_session::{
     Agreement, CipherSuite, CompressionMode, FinalTotals, Limits, Message, RunFailure, RunLicence,
-    SessionError, TargetAction, TargetEvent, TargetOutcome, TargetSession, TargetTerms, TargetWork, VERSION,
+    SessionError, TargetAction, TargetEvent, TargetOutcome, TargetSession, TargetTerms, TargetWork, VERSIONS,
     VacantToken,
 };
 
@@ -35,6 +36,7 @@ use crate::pilot::{Machine, Pilot};
 use crate::report::{MoveReport, PhaseReport, cpu_seconds, own_memory_bytes};
 use crate::send::{cipher, facts};
 use concierge::{LaneArrivals, Line};
+use devices::{DeviceLoaders, LoadedDevice};
 use spool::Spool;
 
 /// Between two looks at the mailbox while lanes are awaited.
@@ -83,6 +85,8 @@ struct Reception<'a> {
     ram: Arc<GuestRam>,
     receiver: Option<Receiver>,
     spool: Option<Spool>,
+    devices: DeviceLoaders,
+    loaded: Vec<LoadedDevice>,
     state: Option<(tempfile::SpooledTempFile, u64)>,
     agreement: Option<Agreement>,
     meter: Option<Meter>,
@@ -96,6 +100,7 @@ struct Reception<'a> {
 impl<'a> Reception<'a> {
     fn begin(args: &'a ReceiveArgs) -> Result<Self, Failure> {
         let guest = open_target(&args.guest).map_err(|e| blame::refused_guest(&e))?;
+        DeviceFacts::refuse_unmovable(guest.devices()).map_err(|e| blame::refused_guest(&e))?;
         let security = match &args.security.tls_dir {
             Some(dir) => Security::Tls(keys::server_config(dir)?),
             None => Security::InsecurePlaintext,
@@ -109,11 +114,11 @@ impl<'a> Reception<'a> {
             CipherSuite::Aes256Gcm
         }];
         let terms = TargetTerms {
-            versions: vec![VERSION],
+            versions: VERSIONS.to_vec(),
             ciphers,
             compressions: vec![CompressionMode::Zstd, CompressionMode::Off],
             lanes_max: u16::try_from(LANES_MAX).unwrap_or(u16::MAX),
-            guest: facts(guest.description()),
+            guest: facts(guest.description(), guest.devices()),
         };
         let began = clock();
         let session = TargetSession::listen(VacantToken::claim(), terms, limits, Duration::ZERO);
@@ -131,6 +136,8 @@ impl<'a> Reception<'a> {
             ram,
             receiver: None,
             spool: None,
+            devices: DeviceLoaders::default(),
+            loaded: Vec::new(),
             state: None,
             agreement: None,
             meter: None,
@@ -210,6 +217,7 @@ impl<'a> Reception<'a> {
             TargetAction::Interrupt => {}
             TargetAction::Discard => {
                 self.close_lanes();
+                self.devices.leave();
                 self.guest.discard();
                 self.pilot.feed(TargetEvent::Discarded);
             }
@@ -244,8 +252,14 @@ impl<'a> Reception<'a> {
             .map(|(stream, lane)| lanes::lane_end(&channel, &agreement.attempt, lane, stream, &self.cpus))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|failure| SessionError::HostRefused(failure.to_string()))?;
-        let (receiver, stream) = Receiver::start(Arc::clone(&self.ram), ends, cipher(agreement.cipher))
-            .map_err(|e| blame::lane_error(&e))?;
+        let (ram, cipher) = (Arc::clone(&self.ram), cipher(agreement.cipher));
+        let count = devices::stream_count(self.guest.as_ref());
+        let (receiver, mut streams) =
+            Receiver::start_with_devices(ram, ends, cipher, count).map_err(|e| blame::lane_error(&e))?;
+        let of_devices = streams.split_off(1);
+        self.devices = DeviceLoaders::start(self.guest.as_mut(), of_devices, &self.pilot.post())?;
+        let stream =
+            streams.pop().ok_or_else(|| SessionError::Bug("the VMM's state has no stream".into()))?;
         self.spool = Some(Spool::start(stream).map_err(|e| SessionError::HostRefused(e.to_string()))?);
         self.receiver = Some(receiver);
         Ok(())
@@ -326,10 +340,24 @@ impl<'a> Reception<'a> {
             None => Err(SessionError::Bug("no state to load".into())),
         };
         let event = match loaded {
-            Ok(_) => TargetEvent::StateLoaded { guest: token.loaded(), load_us: micros(began.elapsed()) },
+            Ok(_) => self.wait_for_devices(token, began.elapsed()),
             Err(error) => TargetEvent::WorkFailed(TargetWork::LoadState, error),
         };
         self.pilot.feed(event);
+    }
+
+    /// The VMM has its own state since `load`; now the devices, which have loaded theirs meanwhile.
+    fn wait_for_devices(&mut self, token: VacantToken, load: Duration) -> TargetEvent {
+        let began = clock();
+        let (devices, pilot) = (&self.devices, &mut self.pilot);
+        match devices.finish(&mut || pilot.pump()) {
+            Ok(loaded) => {
+                let devices = devices::times(began.elapsed(), &loaded);
+                self.loaded = loaded;
+                TargetEvent::StateLoaded { guest: token.loaded(), load_us: micros(load), devices }
+            }
+            Err(error) => TargetEvent::WorkFailed(TargetWork::LoadState, error),
+        }
     }
 
     fn run_guest(&mut self, licence: RunLicence) {
@@ -365,6 +393,7 @@ impl<'a> Reception<'a> {
             .map(|p| p.ms)
             .sum();
         report.ram.total_bytes = self.ram.layout().total_bytes().0;
+        report.devices = devices::lines(self.guest.devices(), &self.loaded);
         report.device_state_bytes = self.state.as_ref().map_or(0, |(_, len)| *len);
         report.cipher = self.agreement.map_or_else(String::new, |agreed| cipher(agreed.cipher).to_string());
         report.cpu_seconds = cpu_seconds();

@@ -50,6 +50,40 @@ pub struct LaneReport {
     pub busy_ratio: f64,
 }
 
+/// What one passed-through device took. Fields that only one side knows are null on the other.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct DeviceLine {
+    /// The operator's name for it.
+    pub name: String,
+    /// Driver, model and address, for people.
+    pub what: String,
+    /// State that left while the guest ran (source).
+    pub pre_copied_bytes: Option<u64>,
+    /// State that left in the blackout (source).
+    pub blackout_bytes: Option<u64>,
+    /// State that arrived (target).
+    pub received_bytes: Option<u64>,
+    /// From the last byte of its state until it had loaded it, by the target's clock.
+    pub load_ms: Option<f64>,
+    /// Memory that it has mapped for DMA and nobody can tell.
+    pub pinned_bytes: u64,
+    /// What moving and loading its state was predicted to add (source).
+    pub predicted_state_ms: Option<PredictedMs>,
+    /// What its pinned pages were predicted to add (source).
+    pub predicted_pinned_ms: Option<PredictedMs>,
+}
+
+/// One term of the blackout: as predicted when the switchover was decided, and as it came.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TermLine {
+    /// As in the README's formula.
+    pub name: String,
+    /// As predicted.
+    pub predicted_ms: PredictedMs,
+    /// As measured; null for a move that did not come so far.
+    pub measured_ms: Option<f64>,
+}
+
 /// The last line of `--json`. Fields that only one side knows are null on the other.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct MoveReport {
@@ -76,6 +110,10 @@ pub struct MoveReport {
     pub lanes: Vec<LaneReport>,
     /// The VMM's own state.
     pub device_state_bytes: u64,
+    /// Passed-through devices.
+    pub devices: Vec<DeviceLine>,
+    /// The blackout, term by term (source).
+    pub terms: Vec<TermLine>,
     /// `aes-256-gcm (PROVIDER)` or `none`.
     pub cipher: String,
     /// What tracked the guest's writes.
@@ -141,6 +179,8 @@ impl MoveReport {
             human(self.device_state_bytes),
             self.cipher
         ));
+        lines.extend(self.devices.iter().map(DeviceLine::to_line));
+        lines.extend(self.terms.iter().map(TermLine::to_line));
         if let Some(verified) = self.verified {
             lines.push(format!(
                 "verified    {}",
@@ -151,6 +191,39 @@ impl MoveReport {
         lines.push(format!("phases      {} (ms)", phases.join(", ")));
         lines.extend(self.notes.iter().map(|note| format!("note        {note}")));
         lines.join("\n")
+    }
+}
+
+impl DeviceLine {
+    fn to_line(&self) -> String {
+        let bytes = |what: &str, bytes: Option<u64>| bytes.map(|bytes| format!("{} {what}", human(bytes)));
+        let mut said: Vec<String> = [
+            bytes("pre-copied", self.pre_copied_bytes),
+            bytes("in the blackout", self.blackout_bytes),
+            bytes("received", self.received_bytes),
+            self.load_ms.map(|ms| format!("loaded in {ms:.1} ms")),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        if self.pinned_bytes > 0 {
+            said.push(format!("{} pinned", human(self.pinned_bytes)));
+        }
+        format!("device      {} ({}): {}", self.name, self.what, said.join(", "))
+    }
+}
+
+impl TermLine {
+    fn to_line(&self) -> String {
+        let PredictedMs { p05, p95, .. } = self.predicted_ms;
+        let measured = self.measured_ms.map_or_else(String::new, |ms| format!(", was {ms:.1}"));
+        format!("term        {}: predicted {p05:.1} to {p95:.1} ms{measured}", self.name)
+    }
+}
+
+impl From<vmferry_session::Interval> for PredictedMs {
+    fn from(interval: vmferry_session::Interval) -> Self {
+        Self { p05: interval.p05_ms, p50: interval.p50_ms, p95: interval.p95_ms }
     }
 }
 

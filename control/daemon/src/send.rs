@@ -9,6 +9,7 @@
 //! Every way out goes through the machine's `Resume`, and a death goes through the guardian.
 
 mod auto_compress;
+mod devices;
 mod hands;
 mod history;
 mod io_horizon;
@@ -18,11 +19,11 @@ mod terms;
 use std::time::{Duration, Instant};
 
 use vmferry_datapath::{Compression, SendPlan, Sender};
-use vmferry_guest::open_source;
+use vmferry_guest::{DeviceFacts, open_source};
 use vmferry_session::{
-    Agreement, AttemptId, CompressionMode, FinalTotals, LaneTally, LastReport, Message, PausedToken,
-    RoundReport, RunningToken, SealedToken, SessionError, SourceAction, SourceEvent, SourceOutcome,
-    SourceSession, Work,
+    Agreement, AttemptId, CompressionMode, DeviceDrain, DeviceReport, FinalTotals, LaneTally, LastReport,
+    Message, PausedToken, RoundReport, RunningToken, SealedToken, SessionError, SourceAction, SourceEvent,
+    SourceOutcome, SourceSession, Work,
 };
 
 use crate::blame;
@@ -39,7 +40,7 @@ use crate::report::MoveReport;
 use auto_compress::AutoCompress;
 use hands::{SourceHands, Stopped};
 use history::HistoryFile;
-use narrator::Narrator;
+use narrator::{Narrator, device_lines};
 use terms::{new_attempt, offer, plan};
 
 pub(crate) use narrator::fill_lanes;
@@ -64,12 +65,12 @@ pub fn send(args: &SendArgs) -> (MoveReport, Result<(), Failure>) {
 pub enum Input {
     /// Anything that happened.
     Event(SourceEvent),
-    /// The answer to `CopyRound`.
-    Round(RoundReport),
+    /// The answer to `CopyRound`, and what the devices would add.
+    Round(RoundReport, Vec<DeviceReport>),
     /// The answer to `SendLast`.
     Last(LastReport),
-    /// The answer to `SaveState`, and how long it took.
-    Saved(Duration),
+    /// The answer to `SaveState`, and how long it took; what left of the devices' states, and how much longer that took.
+    Saved(Duration, Vec<DeviceDrain>, Duration),
 }
 
 impl Machine for SourceSession {
@@ -79,9 +80,15 @@ impl Machine for SourceSession {
     fn handle(&mut self, event: Input, now: Duration) -> Vec<SourceAction> {
         match event {
             Input::Event(event) => SourceSession::handle(self, event, now),
-            Input::Round(report) => self.round_done(&report, now),
+            Input::Round(report, devices) => {
+                self.devices_seen(&devices);
+                self.round_done(&report, now)
+            }
             Input::Last(report) => self.last_sent(&report, now),
-            Input::Saved(took) => self.state_saved(took, now),
+            Input::Saved(took, devices, longer) => {
+                self.devices_drained(devices, longer);
+                self.state_saved(took, now)
+            }
         }
     }
 
@@ -130,7 +137,8 @@ impl<'a> Move<'a> {
         };
         let cpus = lanes::lane_cpus(args.cpus.as_ref(), PinFrom::Low)?;
         let attempt = new_attempt()?;
-        let offer = offer(args, attempt, lanes::lane_count(args.lanes, &cpus), guest.description());
+        DeviceFacts::refuse_unmovable(guest.devices()).map_err(|e| blame::refused_guest(&e))?;
+        let offer = offer(args, attempt, lanes::lane_count(args.lanes, &cpus), guest.as_ref());
         let name = args.tls_hostname.as_ref().unwrap_or(&args.to.host);
         let channel = ControlChannel::connect(&args.to, name, &security)?;
         let guardian = Guardian::start(&args.guest)?;
@@ -303,7 +311,8 @@ impl<'a> Move<'a> {
         });
         match done {
             Ok(report) => {
-                self.pilot.feed(Input::Round(report));
+                let devices = self.hands.device_reports();
+                self.pilot.feed(Input::Round(report, devices));
                 self.narrator.round(self.pilot.now(), &self.pilot.machine().progress());
             }
             Err(stopped) => self.feed(SourceEvent::WorkFailed(Work::CopyRound, session_error(stopped))),
@@ -325,14 +334,15 @@ impl<'a> Move<'a> {
         let now = self.pilot.now();
         let (hands, pilot) = (&mut self.hands, &mut self.pilot);
         let (sent, saved) = hands.send_last_and_state(now, &mut || pilot.pump());
+        let saved = saved.and_then(|saved| Ok((saved, hands.drain_devices(&mut || pilot.pump())?)));
         match sent {
             Ok(report) => self.pilot.feed(Input::Last(report)),
             Err(stopped) => self.feed(SourceEvent::WorkFailed(Work::SendLast, session_error(stopped))),
         }
         match saved {
-            Ok((len, took)) => {
+            Ok(((len, took), (devices, longer))) => {
                 self.state_bytes = len.0;
-                self.pilot.feed(Input::Saved(took));
+                self.pilot.feed(Input::Saved(took, devices, longer));
             }
             Err(stopped) => self.feed(SourceEvent::WorkFailed(Work::SaveState, session_error(stopped))),
         }
@@ -412,6 +422,7 @@ impl<'a> Move<'a> {
             report.verified = Some(true);
         }
         self.narrator.fill(report, session, self.hands.meter());
+        report.devices = device_lines(self.hands.guest.devices(), session, &self.hands.device_drains());
     }
 
     /// Dismisses the guardian where the guest is safe, and turns the outcome into an exit.

@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::converge::LastReport;
+use crate::devices::DeviceDrain;
 use crate::message::{Message, TargetTimes};
-use crate::predict::Term;
+use crate::predict::{DeviceRecord, Term};
 use crate::source::{SourceAction, SourceEvent};
 
 /// Marks of one blackout.
@@ -17,6 +18,8 @@ pub(crate) struct BlackoutWatch {
     marks: BTreeMap<Mark, Duration>,
     last: LastReport,
     save: Duration,
+    devices: Vec<DeviceDrain>,
+    drain: Duration,
     times: TargetTimes,
 }
 
@@ -95,6 +98,25 @@ impl BlackoutWatch {
         self.save = took;
     }
 
+    /// What left of each device's state, and how much longer that took than the pages and the VMM's state.
+    pub(crate) fn devices_drained(&mut self, devices: Vec<DeviceDrain>, longer: Duration) {
+        self.devices = devices;
+        self.drain = longer;
+    }
+
+    /// Device by device, in the order of the streams.
+    pub(crate) fn device_records(&self) -> Vec<DeviceRecord> {
+        let loads = self.times.devices.load_us().iter().map(|us| f64::from(*us) / 1e3);
+        let loads = loads.chain(std::iter::repeat(0.0));
+        let record = |(drain, load_ms): (&DeviceDrain, f64)| DeviceRecord {
+            name: drain.name.clone(),
+            pre_copied_bytes: drain.pre_copied.0,
+            blackout_bytes: drain.in_blackout.0,
+            load_ms,
+        };
+        self.devices.iter().zip(loads).map(record).collect()
+    }
+
     /// The first time counts: a second Running is an echo.
     fn mark(&mut self, mark: Mark, now: Duration) {
         self.marks.entry(mark).or_insert(now);
@@ -113,7 +135,10 @@ impl BlackoutWatch {
     pub(crate) fn terms_ms(&self) -> BTreeMap<Term, f64> {
         let load = Duration::from_micros(self.times.load_us);
         let run = Duration::from_micros(self.times.run_us);
-        let handover = self.between(Mark::Closed, Mark::Running).map(|wait| wait.saturating_sub(load + run));
+        let after = Duration::from_micros(self.times.devices.after_us());
+        let devices = (!self.devices.is_empty()).then_some(self.drain + after);
+        let waited = self.between(Mark::Closed, Mark::Running);
+        let handover = waited.map(|wait| wait.saturating_sub(load + after + run));
         let terms = [
             (Term::Stop, self.between(Mark::Ordered, Mark::Paused)),
             (Term::Scan, Some(self.last.scan)),
@@ -123,6 +148,7 @@ impl BlackoutWatch {
             (Term::Load, Some(load)),
             (Term::Handover, handover),
             (Term::Run, Some(run)),
+            (Term::Devices, devices),
         ];
         let measured = |(term, time): (Term, Option<Duration>)| Some((term, time?.as_secs_f64() * 1e3));
         terms.into_iter().filter_map(measured).collect()

@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use vmferry_datapath::{ByteLen, PAGE_BYTES, PageCount};
 
-use crate::predict::{Forecast, Predictor};
+use crate::devices::DeviceReport;
+use crate::predict::{DeviceForecast, Forecast, Predictor};
 
 /// Rounds without progress after which a move is stuck.
 const PATIENCE: u32 = 3;
@@ -124,6 +125,8 @@ pub struct Converge {
     plan: ConvergePlan,
     predictor: Predictor,
     best_p95_ms: f64,
+    /// The least that devices had left to pre-copy.
+    best_devices: Option<ByteLen>,
     stale_rounds: u32,
     throttle_steps: usize,
 }
@@ -131,12 +134,24 @@ pub struct Converge {
 impl Converge {
     /// Watches a move by `plan`.
     pub const fn new(plan: ConvergePlan, predictor: Predictor) -> Self {
-        Self { plan, predictor, best_p95_ms: f64::INFINITY, stale_rounds: 0, throttle_steps: 0 }
+        Self {
+            plan,
+            predictor,
+            best_p95_ms: f64::INFINITY,
+            best_devices: None,
+            stale_rounds: 0,
+            throttle_steps: 0,
+        }
     }
 
     /// The predictor, with what it learned so far.
     pub const fn predictor(&self) -> &Predictor {
         &self.predictor
+    }
+
+    /// What the devices would add to the blackout; comes before the round's own report.
+    pub fn devices_seen(&mut self, devices: &[DeviceReport]) {
+        self.predictor.observe_devices(devices);
     }
 
     /// A round ended: what follows?
@@ -165,12 +180,16 @@ impl Converge {
         if p95_ms <= self.limit_ms() {
             return Next::Switchover;
         }
-        if p95_ms < self.best_p95_ms * PROGRESS {
+        let devices = self.predictor.shrinking_state();
+        // A device of gigabytes pre-copies for many rounds, each of which is a small step.
+        let pre_copied = self.best_devices.is_some_and(|best| devices < best);
+        if p95_ms < self.best_p95_ms * PROGRESS || pre_copied {
             self.stale_rounds = 0;
         } else {
             self.stale_rounds += 1;
         }
         self.best_p95_ms = self.best_p95_ms.min(p95_ms);
+        self.best_devices = Some(self.best_devices.map_or(devices, |best| best.min(devices)));
         let near = forecast.total.p50_ms <= self.limit_ms();
         let patience = if near { PATIENCE_WHEN_NEAR } else { PATIENCE };
         let stuck = self.stale_rounds >= patience || report.round >= ROUNDS_MAX;
@@ -213,9 +232,10 @@ impl Converge {
         let needed = round_up(forecast.total.p95_ms.min(self.best_p95_ms) * 1.1);
         if forecast.floor.p95_ms > limit {
             let floor = forecast.floor.p95_ms;
+            let devices = said_of_devices(forecast);
             return format!(
-                "the blackout cannot fit {limit:.0} ms: stopping, device state and resuming alone may take {floor:.0} ms; \
-                 give --downtime-limit {needed}ms, or --on-no-converge force"
+                "the blackout cannot fit {limit:.0} ms: stopping, device state and resuming alone may take {floor:.0} ms\
+                 {devices}; give --downtime-limit {needed}ms, or --on-no-converge force"
             );
         }
         let page = PAGE_BYTES as f64;
@@ -231,9 +251,10 @@ impl Converge {
             OnNoConverge::Abort | OnNoConverge::Force => "--on-no-converge throttle to slow the guest down",
         };
         format!(
-            "the blackout cannot fit {limit:.0} ms: the guest dirties {}/s and the lanes carry {}/s{throttle}; {} are hot \
+            "the blackout cannot fit {limit:.0} ms{}: the guest dirties {}/s and the lanes carry {}/s{throttle}; {} are hot \
              (written again in every round) and the blackout would take {:.0} to {:.0} ms; give --downtime-limit {needed}ms, \
              {slow_down}, or --on-no-converge force",
+            said_of_devices(forecast),
             size(dirty_rate),
             size(send_rate),
             size(count(report.held) * page),
@@ -241,6 +262,12 @@ impl Converge {
             forecast.total.p95_ms,
         )
     }
+}
+
+/// What each device adds, in brackets behind a sentence that it may explain.
+fn said_of_devices(forecast: &Forecast) -> String {
+    let said: Vec<String> = forecast.devices.iter().flat_map(DeviceForecast::sentences).collect();
+    if said.is_empty() { String::new() } else { format!(" ({})", said.join("; ")) }
 }
 
 /// To the next number that a person would type.

@@ -53,6 +53,7 @@
 mod blackout;
 mod codec;
 mod converge;
+mod devices;
 mod error;
 mod limits;
 mod message;
@@ -67,6 +68,7 @@ pub mod token;
 
 pub use codec::{BUFFER_BYTES_MAX, CodecError, Decoder, MESSAGE_BYTES_MAX, encode};
 pub use converge::{Converge, ConvergePlan, Decision, LastReport, Next, OnNoConverge, RoundReport};
+pub use devices::{DeviceDrain, DeviceIdentity, DeviceReport, DeviceTimes, device_facts, device_names};
 pub use error::{AbortKind, AbortReason, SessionError};
 pub use limits::{Limits, RESUME_TRIES};
 pub use message::{
@@ -74,11 +76,13 @@ pub use message::{
     TargetTimes,
 };
 pub use negotiate::{
-    Agreement, CipherSuite, CompressionMode, LANES_MAX, NOTE_PREFIX, TargetTerms, VERSION, check_answer,
-    negotiate,
+    Agreement, CipherSuite, CompressionMode, LANES_MAX, NOTE_PREFIX, TargetTerms, VERSION,
+    VERSION_WITH_DEVICES, VERSIONS, check_answer, negotiate, versions_for,
 };
 pub use phases::{PhaseLog, PhaseSpan};
-pub use predict::{Forecast, History, Interval, MoveRecord, Predictor, Priors, SaveOrder, Term};
+pub use predict::{
+    DeviceForecast, DeviceRecord, Forecast, History, Interval, MoveRecord, Predictor, Priors, SaveOrder, Term,
+};
 pub use source::{SourceAction, SourceEvent, SourceOutcome, SourceState, Work};
 pub use source_session::{Progress, SourcePlan, SourceSession};
 pub use target::{RunFailure, TargetAction, TargetEvent, TargetOutcome, TargetState, TargetWork};

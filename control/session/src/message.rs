@@ -24,6 +24,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use vmferry_datapath::RamLayout;
 
+use crate::devices::DeviceTimes;
 use crate::error::AbortReason;
 use crate::negotiate::{Agreement, CipherSuite, CompressionMode};
 
@@ -155,10 +156,13 @@ pub struct FinalTotals {
 pub struct TargetTimes {
     /// From Final until all pages were there, microseconds.
     pub complete_us: u64,
-    /// Loading the device state, microseconds.
+    /// Loading the VMM's own state, microseconds.
     pub load_us: u64,
     /// From Commit until the guest ran, microseconds; zero in `Ready`.
     pub run_us: u64,
+    /// Loading the states of the devices; absent without any, as in version 1.
+    #[serde(default, skip_serializing_if = "DeviceTimes::is_none")]
+    pub devices: DeviceTimes,
 }
 
 /// A message of the control channel.

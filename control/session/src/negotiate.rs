@@ -7,11 +7,16 @@
 use serde::{Deserialize, Serialize};
 use vmferry_datapath::{RamBlock, RamLayout};
 
+use crate::devices::{device_names, misfit};
 use crate::error::{AbortKind, AbortReason, SessionError};
 use crate::message::{AttemptId, GuestFacts, Offer};
 
-/// The protocol version of this build.
-pub const VERSION: u16 = 1;
+/// The newest protocol version of this build.
+pub const VERSION: u16 = 2;
+/// All versions that this build speaks.
+pub const VERSIONS: [u16; 2] = [1, VERSION];
+/// The oldest version in which devices have state streams of their own; else 2 is as 1 was.
+pub const VERSION_WITH_DEVICES: u16 = 2;
 /// The most lanes of a move; a source that offers more gets this many.
 pub const LANES_MAX: u16 = 64;
 /// Facts whose key begins so are for people and are not compared.
@@ -75,6 +80,12 @@ pub struct Agreement {
     pub lanes: u16,
     /// Whether digests are compared.
     pub verify: bool,
+}
+
+/// What a source offers for its guest: an older target may take one without devices.
+pub fn versions_for(guest: &GuestFacts) -> Vec<u16> {
+    let oldest = if device_names(guest).is_empty() { 1 } else { VERSION_WITH_DEVICES };
+    VERSIONS.into_iter().filter(|version| *version >= oldest).collect()
 }
 
 /// The target's decision about an offer.
@@ -165,6 +176,9 @@ fn compare_guests(source: &GuestFacts, target: &GuestFacts) -> Result<(), AbortR
             "the source guest is a `{}` and the target guest is a `{}`; give both sides the same kind of --guest",
             source.kind, target.kind
         )));
+    }
+    if let Some(sentence) = misfit(source, target) {
+        return Err(refuse(&sentence));
     }
     let compared = source.facts.iter().filter(|(key, _)| !key.starts_with(NOTE_PREFIX));
     let pairs = compared.filter_map(|(key, ours)| target.facts.get(key).map(|theirs| (key, ours, theirs)));

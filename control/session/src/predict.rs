@@ -1,9 +1,9 @@
 //! How long the blackout would be: an interval, term by term, learned while the guest runs.
 //!
 //! ```text
-//!   blackout = stop + ( last scan + last pages, save ) + close + load + handover + run
-//!                       ▲           ▲                 ▲
-//!                       rounds      residue / rate    history of moves, else priors
+//!   blackout = stop + ( last scan + last pages, save ) + devices + close + load + handover + run
+//!                       ▲           ▲                    ▲                 ▲
+//!                       rounds      residue / rate       state / rate      history of moves, else priors
 //! ```
 //!
 //! Every term is a distribution, not a number: a posterior in logarithmic space that starts from a prior interval and
@@ -13,6 +13,7 @@
 //! was measured.
 
 mod calibrate;
+mod devices;
 mod estimate;
 mod predictor;
 mod residue;
@@ -22,6 +23,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+pub use devices::{DeviceForecast, DeviceRecord};
 pub use predictor::Predictor;
 
 /// p05, p50 and p95, in milliseconds.
@@ -62,6 +64,8 @@ pub enum Term {
     Handover,
     /// The target's VMM lets the guest run.
     Run,
+    /// What passed-through devices add: the rest of their states, and their loads where those end last.
+    Devices,
     /// With `--verify`: the digest of all memory, on the source and then on the target.
     Verify,
 }
@@ -73,12 +77,15 @@ pub struct Forecast {
     pub total: Interval,
     /// All of it, before that correction; the correction itself is learned from this one.
     pub raw: Interval,
-    /// What it would be if not one page were left to send.
+    /// What it would be if rounds had left nothing: pinned pages and what devices send after their stop remain.
     pub floor: Interval,
     /// Its parts.
     pub terms: BTreeMap<Term, Interval>,
     /// Pages that it expects to send: p50.
     pub pages: u64,
+    /// What each passed-through device adds.
+    #[serde(default)]
+    pub devices: Vec<DeviceForecast>,
 }
 
 /// One finished move: what was predicted, and what came.
@@ -88,6 +95,9 @@ pub struct MoveRecord {
     pub forecast: Forecast,
     /// As measured, milliseconds.
     pub measured_ms: BTreeMap<Term, f64>,
+    /// What each passed-through device took.
+    #[serde(default)]
+    pub devices: Vec<DeviceRecord>,
     /// The whole blackout, as measured, milliseconds.
     pub blackout_ms: f64,
 }
@@ -180,7 +190,7 @@ impl Priors {
             Term::Load => Some(self.load_ms),
             Term::Handover => Some(self.handover_ms),
             Term::Run => Some(self.run_ms),
-            Term::Pages | Term::Verify => None,
+            Term::Pages | Term::Devices | Term::Verify => None,
         }
     }
 }

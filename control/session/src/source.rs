@@ -43,7 +43,7 @@ pub enum SourceAction {
     OpenLanes(Agreement),
     /// Start to track every writer of the guest. Answer: [`SourceEvent::Attached`].
     Attach,
-    /// Scan, then send what the hot ledger gives. Answer: [`SourceEvent::RoundDone`]
+    /// Scan, then send what the hot ledger gives; devices pre-copy beside it. Answer: [`SourceEvent::RoundDone`]
     /// ([`crate::SourceSession::round_done`]).
     CopyRound {
         /// From 1; round 1 sends everything.
@@ -59,7 +59,8 @@ pub enum SourceAction {
     /// Last scan, then everything held, dirty or pinned. Answer: [`SourceEvent::LastSent`]
     /// ([`crate::SourceSession::last_sent`]).
     SendLast,
-    /// Save the device state into lane 0; begun together with `SendLast`, it may run beside it. Answer:
+    /// Save the VMM's state into lane 0, and drain the devices' streams; begun together with `SendLast`, it may run
+    /// beside it. Answer:
     /// [`SourceEvent::StateSaved`] ([`crate::SourceSession::state_saved`]).
     SaveState,
     /// After both: scan once more (saving may have written), send that, then END on every lane, and with `verify`

@@ -6,10 +6,11 @@ use vmferry_datapath::{ByteLen, PageCount};
 
 use crate::blackout::BlackoutWatch;
 use crate::converge::{Converge, ConvergePlan, LastReport, RoundReport};
+use crate::devices::{DeviceDrain, DeviceReport};
 use crate::limits::Limits;
 use crate::message::Offer;
 use crate::phases::{PhaseLog, PhaseSpan};
-use crate::predict::{Forecast, MoveRecord, Predictor};
+use crate::predict::{DeviceRecord, Forecast, MoveRecord, Predictor};
 use crate::source::{SourceAction, SourceEvent, SourceOutcome, SourceState};
 use crate::token::RunningToken;
 
@@ -95,6 +96,17 @@ impl SourceSession {
         self.handle(SourceEvent::RoundDone(decision.next), now)
     }
 
+    /// Comes with an answer to `CopyRound`, before it: what the devices would add to the blackout.
+    pub fn devices_seen(&mut self, devices: &[DeviceReport]) {
+        self.converge.devices_seen(devices);
+    }
+
+    /// Comes with an answer to `SaveState`: what left of each device's state, and how much longer that took than the
+    /// last pages and the VMM's own state.
+    pub fn devices_drained(&mut self, devices: Vec<DeviceDrain>, longer: Duration) {
+        self.blackout.devices_drained(devices, longer);
+    }
+
     /// Answers `SendLast`.
     pub fn last_sent(&mut self, report: &LastReport, now: Duration) -> Vec<SourceAction> {
         self.blackout.last_sent(report);
@@ -175,12 +187,23 @@ impl SourceSession {
         self.blackout.total()
     }
 
+    /// Each term of the blackout as measured so far, milliseconds.
+    pub fn measured_ms(&self) -> std::collections::BTreeMap<crate::predict::Term, f64> {
+        self.blackout.terms_ms()
+    }
+
+    /// What each device's state took, in the order of the streams; loads are known once the guest runs.
+    pub fn device_records(&self) -> Vec<DeviceRecord> {
+        self.blackout.device_records()
+    }
+
     /// For the history, once the guest has moved.
     pub fn record(&self) -> Option<MoveRecord> {
         let forecast = self.forecast.clone()?;
         let blackout = self.blackout.total()?;
         let measured_ms = self.blackout.terms_ms();
-        Some(MoveRecord { forecast, measured_ms, blackout_ms: blackout.as_secs_f64() * 1e3 })
+        let devices = self.device_records();
+        Some(MoveRecord { forecast, measured_ms, devices, blackout_ms: blackout.as_secs_f64() * 1e3 })
     }
 }
 

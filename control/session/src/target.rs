@@ -17,6 +17,7 @@ mod intake;
 
 use std::time::Duration;
 
+use crate::devices::DeviceTimes;
 use crate::error::SessionError;
 use crate::limits::Limits;
 use crate::message::{AttemptId, FinalTotals, Message};
@@ -35,14 +36,15 @@ pub enum TargetAction {
     Send(Message),
     /// Make the guest ready to receive and clear its RAM. Answer: [`TargetEvent::Prepared`].
     Prepare(Agreement),
-    /// Take the lanes, start the receiver, and spool the state bytes of lane 0 from the first on. Answer:
-    /// [`TargetEvent::LanesAccepted`]. A lane that fails later is [`TargetEvent::LanesFailed`].
+    /// Take the lanes, start the receiver, spool the VMM's state from its first byte on, and feed each device's state
+    /// to its device. Answer: [`TargetEvent::LanesAccepted`]. A lane that fails later, or a device that refuses its
+    /// state, is [`TargetEvent::LanesFailed`].
     AcceptLanes(Agreement),
     /// Wait until every lane carried its tally and the spool is whole; with `verify`, digest all memory. Answer:
     /// [`TargetEvent::RamComplete`].
     AwaitLanes(FinalTotals),
-    /// Load the spooled state; a VMM reads guest memory while it loads, so never before `RamComplete`. Turn the
-    /// token when it is done. Answer: [`TargetEvent::StateLoaded`].
+    /// Load the spooled state, and wait until every device has loaded its own; a VMM reads guest memory while it loads,
+    /// so never before `RamComplete`. Turn the token when it is done. Answer: [`TargetEvent::StateLoaded`].
     LoadState(VacantToken),
     /// Let the guest run. Answer: [`TargetEvent::Ran`] or [`TargetEvent::RunFailed`].
     Run(RunLicence),
@@ -87,8 +89,10 @@ pub enum TargetEvent {
     StateLoaded {
         /// The turned token.
         guest: LoadedToken,
-        /// How long it took, microseconds.
+        /// How long the VMM's own state took, microseconds.
         load_us: u64,
+        /// How long the devices' states took.
+        devices: DeviceTimes,
     },
     /// Answer to `Run`: the guest runs; the licence is spent.
     Ran {

@@ -153,7 +153,7 @@ impl Sim {
         ]);
         // Something that no term knows of, on top.
         let blackout_ms = measured_ms.values().sum::<f64>() + self.dice.time(2.0, 0.5);
-        MoveRecord { forecast, measured_ms, blackout_ms }
+        MoveRecord { forecast, measured_ms, devices: Vec::new(), blackout_ms }
     }
 }
 

@@ -1,4 +1,6 @@
-//! The bytes of protocol version 1, as shipped: what this build writes, and what it must read for ever.
+//! The bytes of each protocol version, as shipped: what this build writes, and what it must read for ever.
+//!
+//! Version 2 adds what a guest with devices needs, and nothing else: everything without them is as in version 1.
 //!
 //! A new version adds a file; `UPDATE_GOLDEN=1` writes the file of the newest one, never an older one.
 
@@ -44,7 +46,7 @@ fn messages() -> Vec<Message> {
         state_bytes: 300_000,
         digest: Some("00ff".into()),
     };
-    let times = TargetTimes { complete_us: 1, load_us: 2, run_us: 3 };
+    let times = TargetTimes { complete_us: 1, load_us: 2, run_us: 3, devices: DeviceTimes::default() };
     let reason = || AbortReason::new(AbortKind::HostRefused, "the host refused");
     vec![
         Message::Offer(Box::new(offer)),
@@ -71,20 +73,45 @@ fn as_line(bytes: &[u8]) -> String {
     format!("{length} {}\n", std::str::from_utf8(json).unwrap())
 }
 
+/// What version 2 adds: a guest with two devices, and how long their states took to load.
+fn messages_with_devices() -> Vec<Message> {
+    let Some(Message::Offer(mut offer)) = messages().into_iter().next() else { panic!("no offer") };
+    let device = |name: &str| DeviceIdentity { name: name.into(), model: "mtty-2".into() };
+    offer.guest.facts.extend(device_facts(&[device("eth1"), device("eth0")]));
+    offer.versions = versions_for(&offer.guest);
+    let times = TargetTimes { complete_us: 1, load_us: 2, run_us: 3, devices: DeviceTimes::new(4, &[5, 6]) };
+    vec![Message::Offer(offer), Message::Ready(times), Message::Running(times)]
+}
+
 #[test]
 fn version_1_is_written_and_read_as_shipped() {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1.txt");
-    let written: String = messages().iter().map(|message| as_line(&encode(message).unwrap())).collect();
+    as_shipped("v1.txt", &messages());
+}
+
+#[test]
+fn version_2_is_written_and_read_as_shipped() {
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
-        std::fs::write(&path, &written).unwrap();
+        let written: String =
+            messages_with_devices().iter().map(|message| as_line(&encode(message).unwrap())).collect();
+        std::fs::write(golden("v2.txt"), written).unwrap();
     }
+    as_shipped("v2.txt", &messages_with_devices());
+}
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+fn as_shipped(name: &str, messages: &[Message]) {
+    let written: String = messages.iter().map(|message| as_line(&encode(message).unwrap())).collect();
+    let path = golden(name);
     let shipped = std::fs::read_to_string(&path).unwrap();
     assert_eq!(written, shipped, "the wire format changed: that is a new protocol version, not a new file");
-    for (line, message) in shipped.lines().zip(messages()) {
+    for (line, message) in shipped.lines().zip(messages) {
         let (length, json) = line.split_once(' ').unwrap();
         let mut decoder = Decoder::default();
         decoder.push(&u32::from_str_radix(length, 16).unwrap().swap_bytes().to_le_bytes());
         decoder.push(json.as_bytes());
-        assert_eq!(decoder.next_message(), Ok(Some(message)));
+        assert_eq!(decoder.next_message(), Ok(Some(message.clone())));
     }
 }

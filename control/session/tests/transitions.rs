@@ -195,7 +195,11 @@ fn target_events() -> Vec<(String, TargetEvent, Duration)> {
     add("LanesFailed", E::LanesFailed(wrong()), EARLY);
     add("RamComplete", E::RamComplete { state_bytes: 1, digest: None, complete_us: 0 }, EARLY);
     add("RamComplete, state short", E::RamComplete { state_bytes: 0, digest: None, complete_us: 0 }, EARLY);
-    add("StateLoaded", E::StateLoaded { guest: VacantToken::claim().loaded(), load_us: 0 }, EARLY);
+    add(
+        "StateLoaded",
+        E::StateLoaded { guest: VacantToken::claim().loaded(), load_us: 0, devices: DeviceTimes::default() },
+        EARLY,
+    );
     add("Ran", E::Ran { run_us: 0 }, EARLY);
     add("RunFailed: did not run", E::RunFailed(RunFailure::DidNotRun(wrong())), EARLY);
     add("RunFailed: unsure", E::RunFailed(RunFailure::Unsure(wrong())), EARLY);
@@ -216,7 +220,16 @@ fn target_paths() -> Vec<(&'static str, Vec<TargetEvent>)> {
     let completing = || then(receiving(), vec![E::Message(Message::Final(totals()))]);
     let loading =
         || then(completing(), vec![E::RamComplete { state_bytes: 1, digest: None, complete_us: 0 }]);
-    let ready = || then(loading(), vec![E::StateLoaded { guest: VacantToken::claim().loaded(), load_us: 0 }]);
+    let ready = || {
+        then(
+            loading(),
+            vec![E::StateLoaded {
+                guest: VacantToken::claim().loaded(),
+                load_us: 0,
+                devices: DeviceTimes::default(),
+            }],
+        )
+    };
     let starting = || then(ready(), vec![E::Message(Message::Commit)]);
     vec![
         ("Listening", vec![]),

@@ -4,7 +4,9 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use vmferry_session::target::TargetState;
-use vmferry_session::{Message, RunFailure, RunLicence, TargetAction, TargetEvent, TargetWork, VacantToken};
+use vmferry_session::{
+    DeviceTimes, Message, RunFailure, RunLicence, TargetAction, TargetEvent, TargetWork, VacantToken,
+};
 
 use super::{Item, System, refused};
 
@@ -84,7 +86,11 @@ impl System {
             (TargetJob::AwaitLanes, Some(_)) => TargetEvent::WorkFailed(TargetWork::AwaitLanes, refused()),
             (TargetJob::Load(token), None) => {
                 self.loaded = true;
-                TargetEvent::StateLoaded { guest: token.loaded(), load_us: 0 }
+                TargetEvent::StateLoaded {
+                    guest: token.loaded(),
+                    load_us: 0,
+                    devices: DeviceTimes::default(),
+                }
             }
             (TargetJob::Load(_), Some(_)) => TargetEvent::WorkFailed(TargetWork::LoadState, refused()),
             (TargetJob::Run(licence), fails) => {

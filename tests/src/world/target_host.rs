@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use vmferry_session::{
-    AbortReason, CipherSuite, Decoder, FinalTotals, Limits, Message, RunFailure, RunLicence, SessionError,
-    TargetAction, TargetEvent, TargetOutcome, TargetSession, TargetTerms, TargetWork, VERSION, VacantToken,
+    AbortReason, CipherSuite, Decoder, DeviceTimes, FinalTotals, Limits, Message, RunFailure, RunLicence,
+    SessionError, TargetAction, TargetEvent, TargetOutcome, TargetSession, TargetTerms, TargetWork, VERSION,
+    VacantToken,
 };
 
 use super::network::{Brought, ConnectionId, Delivery, Record};
@@ -254,7 +255,10 @@ impl TargetHost {
             return self.fail(TargetWork::LoadState, common);
         };
         self.guest.load(register);
-        self.post(TargetEvent::StateLoaded { guest: token.loaded(), load_us: 1 }, common);
+        self.post(
+            TargetEvent::StateLoaded { guest: token.loaded(), load_us: 1, devices: DeviceTimes::default() },
+            common,
+        );
     }
 
     fn run(&mut self, licence: RunLicence, fails: bool, common: &mut Common) -> Result<(), String> {

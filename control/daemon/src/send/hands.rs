@@ -13,8 +13,9 @@ use vmferry_datapath::{
     ByteLen, DirtyLog, GuestRam, HotLedger, LaneTotals, Meter, PageCount, PageSet, Sender,
 };
 use vmferry_guest::{GuestError, SourceGuest};
-use vmferry_session::{LastReport, RoundReport};
+use vmferry_session::{DeviceDrain, DeviceReport, LastReport, RoundReport};
 
+use super::devices::DevicePumps;
 use super::io_horizon::IoHorizon;
 
 /// State blocks between the VMM's saver and lane 0: small, because lane 0 takes them as fast as they come.
@@ -53,6 +54,7 @@ pub(super) struct SourceHands {
     ram: Arc<GuestRam>,
     log: Option<Box<dyn DirtyLog>>,
     sender: Option<Sender>,
+    devices: DevicePumps,
     ledger: HotLedger,
     horizon: Option<IoHorizon>,
     scan_max: Duration,
@@ -82,6 +84,7 @@ impl SourceHands {
             ram,
             log: None,
             sender: None,
+            devices: DevicePumps::default(),
             ledger,
             horizon,
             scan_max: Duration::ZERO,
@@ -141,6 +144,26 @@ impl SourceHands {
         Ok(())
     }
 
+    /// What every passed-through device would add to the blackout now.
+    pub(super) fn device_reports(&self) -> Vec<DeviceReport> {
+        self.devices.reports(self.guest.devices())
+    }
+
+    /// What left of every device's state so far.
+    pub(super) fn device_drains(&self) -> Vec<DeviceDrain> {
+        self.devices.drained()
+    }
+
+    /// After the last pages: returns when every device's state has left, and how long that took.
+    pub(super) fn drain_devices(
+        &mut self,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<(Vec<DeviceDrain>, Duration), Stopped> {
+        let began = clock();
+        let drained = self.devices.drain(go_on)?;
+        Ok((drained, began.elapsed()))
+    }
+
     /// One round while the guest runs.
     pub(super) fn copy_round(
         &mut self,
@@ -160,13 +183,18 @@ impl SourceHands {
         let (wire_before, zero_before) = self.counted();
         let began = clock();
         let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
+        if round == 1 {
+            self.devices = DevicePumps::start(self.guest.as_mut(), sender)?;
+        }
         sender.send_zero(&zero)?;
-        if !sender.send(&send, go_on)? || !sender.flush_while(go_on)? {
+        let sent = sender.send(&send, go_on)? && sender.flush_while(go_on)?;
+        let sending = began.elapsed();
+        if !sent || !self.devices.settle(go_on)? {
             self.ledger.put_back(&send);
             self.ledger.put_back(&zero);
             return Err(Stopped::Interrupted);
         }
-        report.sending = began.elapsed();
+        report.sending = sending;
         report.sent = send.count().plus(zero.count());
         report.held = self.ledger.held_count();
         report.pinned = self.guest.pinned().count();
@@ -189,6 +217,7 @@ impl SourceHands {
 
     /// Stops the guest.
     pub(super) fn pause(&mut self) -> Result<(), GuestError> {
+        self.devices.pausing();
         self.guest.pause()
     }
 
@@ -264,11 +293,13 @@ impl SourceHands {
 
     /// Lets the guest run again.
     pub(super) fn resume(&mut self) -> Result<(), GuestError> {
+        self.devices.stop();
         self.guest.resume()
     }
 
     /// Drops the lanes as they are.
     pub(super) fn close_lanes(&mut self) {
+        self.devices.stop();
         if let Some(mut sender) = self.sender.take() {
             self.meter = Some(sender.meter());
             sender.abort();
@@ -277,6 +308,7 @@ impl SourceHands {
 
     /// Leaves no trace in the VMM.
     pub(super) fn detach(&mut self) {
+        self.devices.stop();
         self.log = None;
         self.guest.detach();
     }

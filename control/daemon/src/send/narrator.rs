@@ -3,10 +3,15 @@
 use std::time::Duration;
 
 use vmferry_datapath::{Meter, MeterReader};
-use vmferry_session::{Progress as SessionProgress, SourceAction, SourceSession};
+use vmferry_guest::DeviceFacts;
+use vmferry_session::{
+    DeviceDrain, DeviceForecast, Progress as SessionProgress, SourceAction, SourceSession, Term,
+};
 
 use crate::progress::{Glance, Progress};
-use crate::report::{LaneReport, MoveReport, PhaseReport, PredictedMs, cpu_seconds, own_memory_bytes};
+use crate::report::{
+    DeviceLine, LaneReport, MoveReport, PhaseReport, PredictedMs, TermLine, cpu_seconds, own_memory_bytes,
+};
 
 /// Between two looks at the clock and the meters while pages flow.
 const GLANCE_EVERY: Duration = Duration::from_millis(100);
@@ -19,6 +24,7 @@ pub(super) struct Narrator {
     glanced: Duration,
     wire_bytes: u64,
     memory_peak: u64,
+    told_devices: bool,
 }
 
 impl Narrator {
@@ -30,6 +36,7 @@ impl Narrator {
             glanced: Duration::ZERO,
             wire_bytes: 0,
             memory_peak: own_memory_bytes(),
+            told_devices: false,
         }
     }
 
@@ -61,6 +68,19 @@ impl Narrator {
     pub(super) fn round(&mut self, now: Duration, session: &SessionProgress) {
         self.memory_peak = self.memory_peak.max(own_memory_bytes());
         self.progress.glance(now, &glance(session));
+        self.tell_devices(now, session);
+    }
+
+    /// What each device adds, told once: after round 1 nothing was measured yet.
+    fn tell_devices(&mut self, now: Duration, session: &SessionProgress) {
+        if self.told_devices || session.round < 2 {
+            return;
+        }
+        self.told_devices = true;
+        let devices = session.forecast.iter().flat_map(|forecast| &forecast.devices);
+        for sentence in devices.flat_map(DeviceForecast::sentences) {
+            self.progress.step(now, &sentence);
+        }
     }
 
     /// Before an action. Silent in the blackout, where a slow terminal would be downtime.
@@ -85,11 +105,8 @@ impl Narrator {
     pub(super) fn fill(&self, report: &mut MoveReport, session: &SourceSession, meter: Option<Meter>) {
         let progress = session.progress();
         report.ram.rounds = progress.round + u32::from(session.blackout().is_some());
-        report.predicted_blackout_ms = session.forecast().map(|f| PredictedMs {
-            p05: f.total.p05_ms,
-            p50: f.total.p50_ms,
-            p95: f.total.p95_ms,
-        });
+        report.predicted_blackout_ms = session.forecast().map(|f| PredictedMs::from(f.total));
+        report.terms = term_lines(session);
         report.phases =
             session.phases().into_iter().map(|span| PhaseReport { name: span.name, ms: span.ms }).collect();
         report.cpu_seconds = cpu_seconds();
@@ -104,6 +121,48 @@ impl Narrator {
             fill_lanes(report, &meter, copying);
         }
     }
+}
+
+/// Every term of the blackout beside its prediction.
+fn term_lines(session: &SourceSession) -> Vec<TermLine> {
+    let measured = session.blackout().map(|_| session.measured_ms()).unwrap_or_default();
+    let line = |(term, predicted): (&Term, &vmferry_session::Interval)| TermLine {
+        name: format!("{term:?}").to_lowercase(),
+        predicted_ms: (*predicted).into(),
+        measured_ms: measured.get(term).copied(),
+    };
+    let foreseen = session.forecast().into_iter().flat_map(|forecast| &forecast.terms).map(line);
+    // A term that is nothing in this move (no devices, no digest) is no line.
+    foreseen.filter(|line| line.predicted_ms.p95 > 0.0).collect()
+}
+
+/// What each passed-through device took.
+pub(super) fn device_lines(
+    devices: &[DeviceFacts],
+    session: &SourceSession,
+    drains: &[DeviceDrain],
+) -> Vec<DeviceLine> {
+    let forecasts = session.forecast().map_or(&[][..], |forecast| &forecast.devices);
+    let records = session.device_records();
+    let line = |device: &DeviceFacts| {
+        let forecast = forecasts.iter().find(|forecast| forecast.name == device.name);
+        let drain = drains.iter().find(|drain| drain.name == device.name);
+        let record = records.iter().find(|record| record.name == device.name);
+        DeviceLine {
+            name: device.name.clone(),
+            what: device.what.clone(),
+            pre_copied_bytes: drain.map(|drain| drain.pre_copied.0),
+            blackout_bytes: drain.map(|drain| drain.in_blackout.0),
+            received_bytes: None,
+            load_ms: record.filter(|_| session.blackout().is_some()).map(|record| record.load_ms),
+            pinned_bytes: device.pinned.0,
+            predicted_state_ms: forecast
+                .filter(|_| device.has_stream())
+                .map(|forecast| forecast.state.into()),
+            predicted_pinned_ms: forecast.filter(|_| device.pinned.0 > 0).map(|f| f.pinned.into()),
+        }
+    };
+    devices.iter().map(line).collect()
 }
 
 /// What the lanes did; `copying_ms` is the time that they had.

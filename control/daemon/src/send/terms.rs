@@ -1,10 +1,10 @@
 //! What a move is begun with: the offer to the target, and the plan for the session.
 
 use vmferry_datapath::{ByteLen, Cipher, fastest_provider};
-use vmferry_guest::Description;
+use vmferry_guest::{Description, DeviceFacts, SourceGuest};
 use vmferry_session::{
-    AttemptId, CipherSuite, CompressionMode, ConvergePlan, GuestFacts, Limits, Offer, OnNoConverge,
-    Predictor, Priors, SaveOrder, SourcePlan, VERSION,
+    AttemptId, CipherSuite, CompressionMode, ConvergePlan, DeviceIdentity, GuestFacts, Limits, Offer,
+    OnNoConverge, Predictor, Priors, SaveOrder, SourcePlan, device_facts, versions_for,
 };
 
 use super::hands::SourceHands;
@@ -12,33 +12,34 @@ use super::history::HistoryFile;
 use crate::cli::{Compress, NoConverge, SendArgs};
 use crate::failure::Failure;
 
-pub(super) fn offer(args: &SendArgs, attempt: AttemptId, lanes: u16, guest: &Description) -> Offer {
+pub(super) fn offer(args: &SendArgs, attempt: AttemptId, lanes: u16, guest: &dyn SourceGuest) -> Offer {
     let cipher =
         if args.security.insecure_plaintext { CipherSuite::Plaintext } else { CipherSuite::Aes256Gcm };
     let compressions = match args.compress {
         Compress::Zstd | Compress::Auto => vec![CompressionMode::Zstd, CompressionMode::Off],
         Compress::Off => vec![CompressionMode::Off],
     };
+    let guest = facts(guest.description(), guest.devices());
     Offer {
         attempt,
-        versions: vec![VERSION],
+        versions: versions_for(&guest),
         ciphers: vec![cipher],
         compressions,
         lanes,
         verify: args.verify,
-        guest: facts(guest),
+        guest,
     }
 }
 
-/// The guest's description in the session's words.
+/// The guest's description and its devices in the session's words.
 #[must_use]
-pub fn facts(guest: &Description) -> GuestFacts {
-    GuestFacts {
-        kind: guest.kind.clone(),
-        name: guest.name.clone(),
-        facts: guest.facts.clone(),
-        layout: guest.layout.clone(),
-    }
+pub fn facts(guest: &Description, devices: &[DeviceFacts]) -> GuestFacts {
+    let streamed = devices.iter().filter(|device| device.has_stream());
+    let identity =
+        |device: &DeviceFacts| DeviceIdentity { name: device.name.clone(), model: device.model.clone() };
+    let mut facts = guest.facts.clone();
+    facts.extend(device_facts(&streamed.map(identity).collect::<Vec<_>>()));
+    GuestFacts { kind: guest.kind.clone(), name: guest.name.clone(), facts, layout: guest.layout.clone() }
 }
 
 /// The cipher of an agreement, with this CPU's faster provider.

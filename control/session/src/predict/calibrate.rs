@@ -87,7 +87,12 @@ mod tests {
     fn record(blackout_ms: f64) -> MoveRecord {
         let raw = Interval { p05_ms: 50.0, p50_ms: 100.0, p95_ms: 200.0 };
         let forecast = Forecast { total: raw, raw, ..Forecast::default() };
-        MoveRecord { forecast, measured_ms: std::collections::BTreeMap::new(), blackout_ms }
+        MoveRecord {
+            forecast,
+            measured_ms: std::collections::BTreeMap::new(),
+            devices: Vec::new(),
+            blackout_ms,
+        }
     }
 
     #[test]

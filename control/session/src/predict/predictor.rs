@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 
 use super::calibrate::Calibration;
+use super::devices::{DeviceDraw, Devices};
 use super::estimate::Estimate;
 use super::residue::Residue;
 use super::sample::{Deviates, SAMPLES, interval};
 use vmferry_datapath::ByteLen;
 
-use super::{Forecast, History, Priors, SaveOrder, Term};
+use super::{DeviceForecast, Forecast, History, Priors, SaveOrder, Term};
 use crate::converge::RoundReport;
+use crate::devices::DeviceReport;
 
 /// A rate is learned from rounds of at least this many pages; smaller ones measure latency.
 const RATE_PAGES_MIN: f64 = 1024.0;
@@ -40,6 +42,7 @@ pub struct Predictor {
     pages_error: Estimate,
     residue: Residue,
     pinned: f64,
+    devices: Devices,
     calibration: Calibration,
 }
 
@@ -47,6 +50,15 @@ pub struct Predictor {
 struct Draw {
     terms: BTreeMap<Term, f64>,
     pages: f64,
+    devices: Vec<DeviceDraw>,
+    /// The same terms, had the rounds left nothing that they can send.
+    least: Least,
+}
+
+/// What no round makes smaller.
+struct Least {
+    pages: f64,
+    devices: f64,
 }
 
 impl Predictor {
@@ -75,6 +87,7 @@ impl Predictor {
             pages_error,
             residue: Residue::new(),
             pinned: 0.0,
+            devices: Devices::new(history),
             calibration: Calibration::learn(history.records.iter()),
         }
     }
@@ -96,6 +109,16 @@ impl Predictor {
         self.observe_rate(report);
         self.residue.observe(report);
         self.pinned = count(report.pinned.0);
+    }
+
+    /// What the devices would add now; comes with each round.
+    pub fn observe_devices(&mut self, devices: &[DeviceReport]) {
+        self.devices.observe(devices);
+    }
+
+    /// State of devices that pre-copy can still make smaller.
+    pub(crate) fn shrinking_state(&self) -> ByteLen {
+        self.devices.shrinking()
     }
 
     /// Round 1 is full of zero pages, which cost a bit; later rounds have the mix that the last one will have.
@@ -120,23 +143,35 @@ impl Predictor {
         let mut deviates = Deviates::new();
         let draws: Vec<Draw> = (0..SAMPLES).map(|_| self.draw(&mut deviates)).collect();
         let raw = interval(draws.iter().map(|draw| self.sum(draw, Draw::term)).collect());
-        let no_pages = |draw: &Draw, term| if term == Term::Pages { 0.0 } else { draw.term(term) };
-        let floor = interval(draws.iter().map(|draw| self.sum(draw, no_pages)).collect());
+        let floor = interval(draws.iter().map(|draw| self.sum(draw, Draw::least_term)).collect());
         let of_term = |term: Term| interval(draws.iter().map(|draw| draw.term(term)).collect());
-        let pages = interval(draws.iter().map(|draw| draw.pages).collect()).p50_ms;
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count of pages")]
-        let pages = pages as u64;
+        let pages = whole(interval(draws.iter().map(|draw| draw.pages).collect()).p50_ms);
         Forecast {
             total: self.calibration.apply(raw),
             raw,
             floor: self.calibration.apply(floor),
             terms: LEARNED
                 .into_iter()
-                .chain([Term::Pages, Term::Verify])
+                .chain([Term::Pages, Term::Devices, Term::Verify])
                 .map(|term| (term, of_term(term)))
                 .collect(),
             pages,
+            devices: self.device_forecasts(&draws),
         }
+    }
+
+    fn device_forecasts(&self, draws: &[Draw]) -> Vec<DeviceForecast> {
+        let of = |at: usize, part: fn(&DeviceDraw) -> f64| {
+            interval(draws.iter().filter_map(|draw| draw.devices.get(at).map(part)).collect())
+        };
+        let forecast = |(at, report): (usize, &DeviceReport)| DeviceForecast {
+            name: report.name.clone(),
+            state_bytes: whole(of(at, |device| device.bytes).p50_ms),
+            state: of(at, |device| device.moving + device.loading),
+            pinned_bytes: report.pinned.0,
+            pinned: of(at, |device| device.pinned),
+        };
+        self.devices.latest().iter().enumerate().map(forecast).collect()
     }
 
     fn draw(&self, deviates: &mut Deviates) -> Draw {
@@ -145,9 +180,22 @@ impl Predictor {
         // The guest writes on until it is stopped.
         let extra = terms.get(&Term::Stop).copied().unwrap_or(0.0) / 1e3;
         let pages = self.residue.at(extra, deviates.normal(), deviates.normal()) + self.pinned;
-        let sending = self.flush_ms.at(deviates.normal()) + pages * self.page_ms.at(deviates.normal());
-        terms.insert(Term::Pages, sending * self.pages_error.at(deviates.normal()));
-        Draw { terms, pages }
+        let (flush_ms, page_ms) = (self.flush_ms.at(deviates.normal()), self.page_ms.at(deviates.normal()));
+        let error = self.pages_error.at(deviates.normal());
+        terms.insert(Term::Pages, (flush_ms + pages * page_ms) * error);
+        let devices = self.devices.draw(page_ms, error, || deviates.normal());
+        // They share the lanes' rate, and load at the same time as the VMM.
+        let load = terms.get(&Term::Load).copied().unwrap_or(0.0);
+        let beyond = |device: &DeviceDraw| device.loading - load;
+        let last = devices.iter().map(beyond).fold(0.0, f64::max);
+        let moving =
+            |of: fn(&DeviceDraw) -> bool| devices.iter().filter(|d| of(d)).map(|d| d.moving).sum::<f64>();
+        if !devices.is_empty() {
+            terms.insert(Term::Devices, moving(|_| true) + last);
+        }
+        let pinned = if self.pinned > 0.0 { (flush_ms + self.pinned * page_ms) * error } else { 0.0 };
+        let least = Least { pages: pinned, devices: moving(|device| !device.shrinks) + last };
+        Draw { terms, pages, devices, least }
     }
 
     fn sum(&self, draw: &Draw, of: impl Fn(&Draw, Term) -> f64) -> f64 {
@@ -158,7 +206,7 @@ impl Predictor {
             SaveOrder::AfterPages => moving + of(Term::Save),
         };
         let handover = of(Term::Close) + of(Term::Verify) + of(Term::Load) + of(Term::Handover);
-        of(Term::Stop) + paused + handover + of(Term::Run)
+        of(Term::Stop) + paused + of(Term::Devices) + handover + of(Term::Run)
     }
 }
 
@@ -166,6 +214,27 @@ impl Draw {
     fn term(&self, term: Term) -> f64 {
         self.terms.get(&term).copied().unwrap_or(0.0)
     }
+
+    /// The same, had the rounds left nothing that they can send.
+    fn least_term(&self, term: Term) -> f64 {
+        match term {
+            Term::Pages => self.least.pages,
+            Term::Devices => self.least.devices,
+            Term::Stop
+            | Term::Scan
+            | Term::Save
+            | Term::Close
+            | Term::Load
+            | Term::Handover
+            | Term::Run
+            | Term::Verify => self.term(term),
+        }
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count of pages or bytes")]
+fn whole(amount: f64) -> u64 {
+    amount as u64
 }
 
 #[expect(clippy::cast_precision_loss, reason = "page counts stay far below 2^52")]

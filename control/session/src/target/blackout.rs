@@ -97,8 +97,8 @@ impl BeforeReady for Completing {
 impl Loading {
     pub(super) fn on(self, event: TargetEvent, now: Duration) -> Step {
         match event {
-            TargetEvent::StateLoaded { guest, load_us } => {
-                let times = TargetTimes { complete_us: self.complete_us, load_us, run_us: 0 };
+            TargetEvent::StateLoaded { guest, load_us, devices } => {
+                let times = TargetTimes { complete_us: self.complete_us, load_us, run_us: 0, devices };
                 let until = now + self.common.limits.commit_wait;
                 let next = Ready { common: self.common, guest, times, until };
                 (TargetState::Ready(next), vec![TargetAction::Send(Message::Ready(times))])
