@@ -8,6 +8,7 @@
 
 pub mod attach;
 mod clock;
+mod control;
 mod device;
 mod error;
 mod guest;

@@ -26,7 +26,7 @@ pub use client::WorkloadControl;
 pub use server::run;
 pub use wire::{Phase, WorkloadStatus};
 
-use crate::{GuestError, SourceGuest, TargetGuest};
+use crate::{GuestError, SourceGuest, TargetGuest, control};
 
 /// Opens a workload that runs here.
 pub(crate) fn open_source(name: &str) -> Result<Box<dyn SourceGuest>, GuestError> {
@@ -47,13 +47,5 @@ pub(crate) fn rescue(name: &str) -> Result<(), GuestError> {
 
 /// Where the workload `name` listens: `$XDG_RUNTIME_DIR` or `/tmp`, then `vmferry-UID/NAME.sock`.
 pub fn socket_path(name: &str) -> Result<PathBuf, GuestError> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if name.is_empty() || name.len() > 48 || name.starts_with('.') || !name.chars().all(plain) {
-        return Err(GuestError::mistake(format!(
-            "'{name}' cannot be a workload's name: use up to 48 letters, digits, '-', '_' or '.'"
-        )));
-    }
-    let base = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from("/tmp"), PathBuf::from);
-    let user = rustix::process::getuid().as_raw();
-    Ok(base.join(format!("vmferry-{user}")).join(format!("{name}.sock")))
+    control::socket_path("workload", name, "sock")
 }

@@ -1,18 +1,15 @@
 //! The workload process: it owns the machine and answers on the control socket until it is told to quit.
 
-use std::fs;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::machine::Machine;
 use super::state::state_bytes_max;
-use super::wire::{Identity, Line, Reply, Request};
+use super::wire::{Identity, Reply, Request};
 use super::{WorkloadArgs, socket_path};
 use crate::GuestError;
+use crate::control::{Line, Socket};
 
 /// Runs the embedded guest until it is told to quit, which a completed move does.
 pub fn run(args: &WorkloadArgs) -> Result<(), GuestError> {
@@ -22,7 +19,7 @@ pub fn run(args: &WorkloadArgs) -> Result<(), GuestError> {
             args.ram
         )));
     }
-    let socket = Socket::listen(&args.name)?;
+    let socket = Socket::listen(&socket_path(&args.name)?, &format!("a workload '{}'", args.name))?;
     let machine = if args.incoming {
         Machine::waiting(args.pages())?
     } else {
@@ -30,63 +27,10 @@ pub fn run(args: &WorkloadArgs) -> Result<(), GuestError> {
     };
     let (quit, quitting) = channel();
     let machine = Arc::new(Mutex::new(machine));
-    let listener =
-        socket.listener.try_clone().map_err(GuestError::refused("the control socket cannot be shared"))?;
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            let client =
-                Client { line: Line::new(stream), machine: Arc::clone(&machine), quit: quit.clone() };
-            std::thread::spawn(move || client.serve());
-        }
-    });
+    socket.serve(move |line| {
+        Client { line, machine: Arc::clone(&machine), quit: quit.clone() }.serve();
+    })?;
     quitting.recv().map_err(|_| GuestError::misbehaved("the control socket broke: start the workload again"))
-}
-
-/// The socket; its file vanishes with it.
-struct Socket {
-    path: PathBuf,
-    listener: UnixListener,
-}
-
-impl Socket {
-    fn listen(name: &str) -> Result<Self, GuestError> {
-        let path = socket_path(name)?;
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        private_folder(folder)?;
-        if UnixStream::connect(&path).is_ok() {
-            return Err(GuestError::mistake(format!(
-                "a workload '{name}' runs already: choose another --name"
-            )));
-        }
-        let _ = fs::remove_file(&path);
-        let what = format!("cannot listen on {}", path.display());
-        let listener = UnixListener::bind(&path).map_err(GuestError::refused(what))?;
-        Ok(Self { path, listener })
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// Whoever can reach the socket can read the memory: the folder must be the user's own.
-fn private_folder(folder: &Path) -> Result<(), GuestError> {
-    let what = format!("cannot create {}", folder.display());
-    match fs::DirBuilder::new().mode(0o700).create(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            return Err(GuestError::refused(what)(error));
-        }
-        Ok(()) | Err(_) => {}
-    }
-    let found = fs::symlink_metadata(folder).map_err(GuestError::refused(what))?;
-    if found.is_dir() && found.uid() == rustix::process::getuid().as_raw() && found.mode() & 0o022 == 0 {
-        return Ok(());
-    }
-    let sentence =
-        format!("{} is not a folder of yours alone: remove it, or set XDG_RUNTIME_DIR", folder.display());
-    Err(GuestError::mistake(sentence))
 }
 
 struct Client {
