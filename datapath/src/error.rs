@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::frame::FrameFault;
 use crate::guest_ram::RamError;
+use crate::link::completion::CompletionStatus;
 
 /// Who is to blame for an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,6 +76,12 @@ pub enum LinkFault {
     /// The kernel reported an error on it.
     #[error("the connection failed: {0}")]
     Failed(#[source] Errno),
+    /// The RDMA card gave a work request up.
+    #[error("the RDMA queue pair failed: {0}")]
+    Completed(CompletionStatus),
+    /// The RDMA card went away under the connection.
+    #[error("the RDMA device was removed")]
+    DeviceGone,
 }
 
 impl From<RamError> for DataError {

@@ -184,6 +184,12 @@ pub enum FrameFault {
     /// Credit for more than was sent, or less than before.
     #[error("credit came for records that were never sent")]
     BadCredit,
+    /// A card of an RDMA link that no honest end sends.
+    #[error("a card of an RDMA link contradicts its kind")]
+    BadCard,
+    /// More bytes in an RDMA ring than there was room for.
+    #[error("the other host wrote past the room that it was given in the ring")]
+    RingOverrun,
     /// The lane's totals are not what the control channel said.
     #[error("the lane carried {got} records, but the other host counted {expected}")]
     TotalsDiffer {

@@ -1,8 +1,8 @@
 //! Moves pages, decides nothing.
 //!
 //! ```text
-//!   guest RAM ── Sender ── lane 0..n ── link (io_uring TCP, memory) ── lane 0..n ── Receiver ── guest RAM
-//!       ▲            seal                                                  open
+//!   guest RAM ── Sender ── lane 0..n ── link (io_uring TCP, RDMA, memory) ── lane 0..n ── Receiver ── guest RAM
+//!       ▲            seal                                                        open
 //!   DirtyLog: which pages were written since we last looked
 //! ```
 //!
@@ -48,7 +48,11 @@ pub use hot::HotLedger;
 pub use lane::{LaneEnd, LaneKeys};
 pub use layout::{LayoutError, RAM_BLOCKS_MAX, RamBlock, RamLayout};
 pub use link::Link;
+pub use link::completion::CompletionStatus;
+pub use link::file::FileLink;
 pub use link::memory::MemoryLink;
+#[cfg(feature = "rdma")]
+pub use link::rdma::{RdmaConnection, RdmaError, RdmaLink, RdmaListener};
 pub use link::tcp::TcpLink;
 pub use meter::{LaneMeter, Meter, MeterReader};
 pub use page::{ByteLen, CHUNK_BYTES, CHUNK_PAGES, ChunkIndex, PAGE_BYTES, PageCount, PageIndex};

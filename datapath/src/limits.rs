@@ -22,6 +22,16 @@ pub const CREDIT_BYTES: usize = 1 << 16;
 /// Buffers for the credit direction.
 pub const CREDIT_SLOTS: usize = 2;
 
+/// Work requests that a lane over RDMA may have posted for sending: a page run each, in the worst chunk.
+pub const RDMA_SENDS: usize = 128;
+/// Receives that it keeps posted; each takes an immediate or a note.
+pub const RDMA_RECEIVES: usize = 64;
+/// The ring that its peer writes to is this part of what a link is asked to hold, and comes on top of it: records are
+/// opened in a private copy, since no byte may be opened where the fabric can still change it.
+pub const RDMA_RING_PART: usize = 4;
+/// The least that is written to a ring at once, unless less is left.
+pub const RDMA_PIECE_BYTES_MIN: usize = 64 << 10;
+
 /// Wire bytes that a lane may be ahead of its receiver's last credit.
 pub const WINDOW_BYTES: u64 = 8 << 20;
 /// Wire bytes after which a receiver gives credit without being asked.
@@ -56,16 +66,18 @@ const BUDGET_GUEST_PAGES: usize = (4 << 30) / 4096;
 /// What a process may use for a guest of 4 GiB.
 pub const BUDGET_BYTES: usize = 64 << 20;
 
-/// A sending lane: slots, credit ring, and the scratch of compression (one chunk gathered).
-const SENDING_LANE_BYTES: usize = SEND_SLOTS * SLOT_BYTES + CREDIT_BYTES + CHUNK_BYTES;
+/// A sending lane: slots, credit ring (over RDMA bounced), and the scratch of compression (one chunk gathered).
+const SENDING_LANE_BYTES: usize =
+    SEND_SLOTS * SLOT_BYTES + CREDIT_BYTES + CREDIT_BYTES / RDMA_RING_PART + 4096 + CHUNK_BYTES;
 /// Orders waiting at a lane: two words a chunk, and pieces of state.
 const ORDERS_BYTES: usize = LANE_ORDERS * ORDER_CHUNKS * 16 + STATE_ORDERS * STATE_PIECE_BYTES;
 /// What the feeders of the state streams hold in their hands: a piece each.
 const FEEDERS_BYTES: usize = (1 + DEVICE_STREAMS_MAX) * STATE_PIECE_BYTES;
 /// What waits for the readers of the state streams.
 const PIPES_BYTES: usize = STATE_PIPE_BYTES + DEVICE_STREAMS_MAX * DEVICE_PIPE_BYTES;
-/// A receiving lane: ring, credit slots, and the scratch of decompression.
-const RECEIVING_LANE_BYTES: usize = RECEIVE_BYTES + CREDIT_SLOTS * 4096 + CHUNK_BYTES;
+/// A receiving lane: ring, credit slots, the scratch of decompression, and over RDMA the bounce ring and the notes.
+const RECEIVING_LANE_BYTES: usize =
+    RECEIVE_BYTES + CREDIT_SLOTS * 4096 + CHUNK_BYTES + RECEIVE_BYTES / RDMA_RING_PART + 4096;
 
 /// A source with every lane: lanes and their orders, state feeders, eight hashes bytes a page, and twelve page sets.
 const SOURCE_BYTES: usize = LANES_MAX * (SENDING_LANE_BYTES + ORDERS_BYTES)

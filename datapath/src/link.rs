@@ -15,8 +15,14 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::error::{DataError, LinkFault};
+use crate::frame::FrameFault;
 
+pub mod completion;
+pub mod contract;
+pub mod file;
 pub mod memory;
+#[cfg(feature = "rdma")]
+pub mod rdma;
 pub(crate) mod ring;
 pub mod tcp;
 pub mod zero_copy;
@@ -37,6 +43,8 @@ pub struct LinkPlan {
 pub enum LinkTrouble {
     /// The connection is gone.
     Lost(LinkFault),
+    /// The other end broke the link's own rules.
+    Broken(FrameFault),
     /// This host's kernel refused a service.
     Refused {
         /// What was asked of it.
@@ -53,6 +61,7 @@ impl LinkTrouble {
     pub const fn on_lane(self, lane: u16) -> DataError {
         match self {
             LinkTrouble::Lost(fault) => DataError::LinkLost { lane, fault },
+            LinkTrouble::Broken(fault) => DataError::PeerMisbehaved { lane, fault },
             LinkTrouble::Refused { service, fix, errno } => DataError::HostRefused { service, fix, errno },
         }
     }

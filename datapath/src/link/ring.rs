@@ -44,14 +44,28 @@ pub(crate) enum Done {
 }
 
 /// A mapping of ours, unmapped on drop.
-struct Mapped {
+pub(super) struct Mapped {
     base: NonNull<u8>,
     len: usize,
 }
 
+impl Mapped {
+    /// Its first byte.
+    #[cfg(feature = "rdma")]
+    pub(super) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// Its length.
+    #[cfg(feature = "rdma")]
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+}
+
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: mapped by us, with this length; `Ring` drops it only when no operation is left.
+        // SAFETY: mapped by us, with this length; its owner drops it only when no operation is left.
         let _ = unsafe { munmap(self.base.as_ptr().cast(), self.len) };
     }
 }
@@ -318,7 +332,7 @@ fn build() -> std::io::Result<IoUring> {
 }
 
 /// Private memory, there before the first byte is.
-fn map_slots(len: usize) -> Result<Mapped, Errno> {
+pub(super) fn map_slots(len: usize) -> Result<Mapped, Errno> {
     let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::POPULATE);
     // SAFETY: a fresh mapping at an address that the kernel picks touches no memory of ours.
     let base = unsafe { mmap_anonymous(null_mut(), len, prot, flags) }?;

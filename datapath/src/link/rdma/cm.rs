@@ -1,0 +1,441 @@
+//! How two queue pairs find each other: the connection manager, with every wait bounded.
+//!
+//! ```text
+//!   connect: address ─► route ─► queue pair ─► hello ──────► knock ─► queue pair ─► accept    :accept
+//!                                       established ◄──────► established (told by the link's own progress)
+//! ```
+//!
+//! The hello travels as the private data of the request. It proves nothing; the first record under the lane's key does.
+//! What must never happen: a stranger's half-made connection that holds up an honest one. So accepting waits for nobody.
+#![expect(unsafe_code, reason = "librdmacm is a C library that works on pointers")]
+
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::ptr::{NonNull, null_mut};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rdma_sys as sys;
+use rdma_sys::rdma_cm_event_type as kind;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
+
+use super::error::{FIX_CARD, RdmaError, refused};
+use super::verbs::QueuePair;
+
+/// The longest hello: what the connection manager leaves of its private data.
+pub const HELLO_BYTES_MAX: usize = 56;
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 32;
+/// The card asks again after 4.096 µs times two to this power, 0.54 s, and gives up after [`RETRIES`]: 4.3 s, a little
+/// before the control channel does, so that the error names what the card saw.
+const ACK_TIMEOUT: u8 = 17;
+const RETRIES: u8 = 7;
+/// Without end: a peer that is there and has posted no receive is slow, not lost.
+const NOT_READY_RETRIES: u8 = 7;
+/// `RDMA_OPTION_ID` and `RDMA_OPTION_ID_ACK_TIMEOUT` of rdma_cma.h.
+const OPTION_OF_ID: i32 = 0;
+const OPTION_ACK_TIMEOUT: i32 = 3;
+
+/// The error number that an event's status is, below zero.
+fn errno_of_status(status: i32) -> Errno {
+    Errno::from_io_error(&std::io::Error::from_raw_os_error(status.saturating_abs())).unwrap_or(Errno::IO)
+}
+
+fn outcome(code: i32) -> Result<(), Errno> {
+    if code == 0 {
+        return Ok(());
+    }
+    Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO))
+}
+
+/// What the connection manager told.
+struct Event {
+    kind: kind::Type,
+    status: i32,
+    /// The new connection of a request.
+    id: *mut sys::rdma_cm_id,
+    hello: [u8; HELLO_BYTES_MAX],
+}
+
+/// Where the connection manager tells of one id, or of a listener and its requests.
+struct Channel(NonNull<sys::rdma_event_channel>);
+
+impl Channel {
+    fn new() -> Result<Channel, RdmaError> {
+        let cannot = refused("open the RDMA connection manager", FIX_CARD);
+        // SAFETY: no argument.
+        let raw = unsafe { sys::rdma_create_event_channel() };
+        let last = || Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::NODEV);
+        let channel = Channel(NonNull::new(raw).ok_or_else(|| cannot(last()))?);
+        let flags = fcntl_getfl(channel.fd()).map_err(&cannot)?;
+        fcntl_setfl(channel.fd(), flags | OFlags::NONBLOCK).map_err(&cannot)?;
+        Ok(channel)
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the channel lives as long as we do.
+        let fd = unsafe { (*self.0.as_ptr()).fd };
+        // SAFETY: an open descriptor of the channel, borrowed with us.
+        unsafe { BorrowedFd::borrow_raw(fd) }
+    }
+
+    /// The next event, if there is one.
+    fn next(&self) -> Option<Event> {
+        let mut raw = null_mut();
+        // SAFETY: the channel lives, and the place is ours. The descriptor does not block.
+        let got = unsafe { sys::rdma_get_cm_event(self.0.as_ptr(), &raw mut raw) };
+        let raw = NonNull::new(raw).filter(|_| got == 0)?;
+        // SAFETY: the event is ours until it is acknowledged.
+        let event = unsafe { raw.as_ref() };
+        let mut hello = [0; HELLO_BYTES_MAX];
+        if event.event == kind::RDMA_CM_EVENT_CONNECT_REQUEST {
+            // SAFETY: a request of a connected port space carries connection parameters.
+            let param = unsafe { event.param.conn };
+            let len = usize::from(param.private_data_len).min(HELLO_BYTES_MAX);
+            if !param.private_data.is_null() {
+                // SAFETY: the event holds so many bytes there until it is acknowledged, and `hello` has room for them.
+                unsafe { std::ptr::copy_nonoverlapping(param.private_data.cast(), hello.as_mut_ptr(), len) };
+            }
+        }
+        let event = Event { kind: event.event, status: event.status, id: event.id, hello };
+        // SAFETY: got above, acknowledged once; nothing of it is used afterwards.
+        unsafe { sys::rdma_ack_cm_event(raw.as_ptr()) };
+        Some(event)
+    }
+
+    /// The next event, waiting at most until `due`.
+    fn await_next(&self, due: Instant) -> Option<Event> {
+        loop {
+            if let Some(event) = self.next() {
+                return Some(event);
+            }
+            let left = due.saturating_duration_since(now());
+            if left.is_zero() {
+                return None;
+            }
+            wait_for(&[self.fd()], left);
+        }
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // SAFETY: every id on it is gone, by the order of the fields of whoever owns us.
+        unsafe { sys::rdma_destroy_event_channel(self.0.as_ptr()) };
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "a connection is driven here, and so the clock is read")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+/// Sleeps until one of the descriptors is readable, at most so long.
+fn wait_for(fds: &[BorrowedFd<'_>], wait: Duration) {
+    let mut polled: Vec<PollFd<'_>> =
+        fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+    let (secs, nanos) = (i64::try_from(wait.as_secs()).unwrap_or(i64::MAX), wait.subsec_nanos());
+    // An early return is as good as a late one: the caller looks again.
+    let _ = poll(&mut polled, Some(&Timespec { tv_sec: secs, tv_nsec: nanos.into() }));
+}
+
+/// One identity of the connection manager: a listener, or one end of a connection.
+pub(super) struct CmId(NonNull<sys::rdma_cm_id>);
+
+impl CmId {
+    fn new(channel: &Channel) -> Result<CmId, RdmaError> {
+        let mut raw = null_mut();
+        let space = sys::rdma_port_space::RDMA_PS_TCP;
+        // SAFETY: the channel lives, and the place is ours.
+        let made = unsafe { sys::rdma_create_id(channel.0.as_ptr(), &raw mut raw, null_mut(), space) };
+        outcome(made).map_err(refused("open the RDMA connection manager", FIX_CARD))?;
+        NonNull::new(raw)
+            .map(CmId)
+            .ok_or_else(|| refused("open the RDMA connection manager", FIX_CARD)(Errno::INVAL))
+    }
+
+    pub(super) fn raw(&self) -> *mut sys::rdma_cm_id {
+        self.0.as_ptr()
+    }
+
+    /// The device that the id is bound to.
+    pub(super) fn verbs(&self) -> *mut sys::ibv_context {
+        // SAFETY: the id lives as long as we do.
+        unsafe { (*self.raw()).verbs }
+    }
+
+    /// A request for a lost segment goes out after half a second, not after two.
+    fn hurry(&self) {
+        let mut timeout = ACK_TIMEOUT;
+        let place = (&raw mut timeout).cast();
+        // SAFETY: the option takes one byte, and `timeout` is one. A kernel that refuses keeps its own.
+        let _ = unsafe { sys::rdma_set_option(self.raw(), OPTION_OF_ID, OPTION_ACK_TIMEOUT, place, 1) };
+    }
+}
+
+impl Drop for CmId {
+    fn drop(&mut self) {
+        // SAFETY: made by the library, destroyed once; its queue pair is gone and its events are acknowledged.
+        unsafe { sys::rdma_destroy_id(self.raw()) };
+    }
+}
+
+/// One end of a connection: the queue pair goes first, then the id, then its channel.
+pub(super) struct Connection {
+    pub(super) queue_pair: QueuePair,
+    id: CmId,
+    channel: Channel,
+}
+
+// SAFETY: the library locks its ids and channels; nothing here has a thread of its own.
+unsafe impl Send for Connection {}
+// SAFETY: as above. Another thread than the lane's only disconnects.
+unsafe impl Sync for Connection {}
+
+/// What the connection manager said about a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Notice {
+    /// The peer is there.
+    Established,
+    /// The peer is gone.
+    Disconnected,
+    /// The card is gone.
+    DeviceGone,
+}
+
+impl Connection {
+    /// What happened to the connection since the last look.
+    pub(super) fn notice(&self) -> Option<Notice> {
+        loop {
+            match self.channel.next()?.kind {
+                kind::RDMA_CM_EVENT_ESTABLISHED => return Some(Notice::Established),
+                kind::RDMA_CM_EVENT_DEVICE_REMOVAL => return Some(Notice::DeviceGone),
+                kind::RDMA_CM_EVENT_DISCONNECTED
+                | kind::RDMA_CM_EVENT_CONNECT_ERROR
+                | kind::RDMA_CM_EVENT_UNREACHABLE
+                | kind::RDMA_CM_EVENT_REJECTED
+                | kind::RDMA_CM_EVENT_TIMEWAIT_EXIT => return Some(Notice::Disconnected),
+                _ => {}
+            }
+        }
+    }
+
+    /// Ends the connection: whatever is posted on either end comes back as flushed. May be called from any thread.
+    pub(super) fn disconnect(&self) {
+        // SAFETY: the id lives as long as we do. It fails where the connection has ended already, which is as good.
+        let _ = unsafe { sys::rdma_disconnect(self.id.raw()) };
+    }
+
+    /// Sleeps until the card or the connection manager has something to say.
+    pub(super) fn wait(&self, wait: Duration) {
+        wait_for(&[self.queue_pair.notices(), self.channel.fd()], wait);
+        self.queue_pair.take_notices();
+    }
+}
+
+/// A connected queue pair, ready to become a link.
+pub struct RdmaConnection {
+    pub(super) inner: Arc<Connection>,
+    pub(super) established: bool,
+}
+
+/// The address in the kernel's own form.
+fn raw_address(address: SocketAddr) -> libc::sockaddr_storage {
+    // SAFETY: plain numbers, for which zero is a value.
+    let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    match address {
+        SocketAddr::V4(v4) => {
+            let sin = libc::sockaddr_in {
+                sin_family: libc::sa_family_t::try_from(libc::AF_INET).unwrap_or(0),
+                sin_port: v4.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from(*v4.ip()).to_be() },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: the storage is large enough and aligned for every kind of address.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(sin) };
+        }
+        SocketAddr::V6(v6) => {
+            let sin6 = libc::sockaddr_in6 {
+                sin6_family: libc::sa_family_t::try_from(libc::AF_INET6).unwrap_or(0),
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: v6.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
+                sin6_scope_id: v6.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(sin6) };
+        }
+    }
+    storage
+}
+
+/// The parameters of a connection, with a hello that outlives the call it is made for.
+fn parameters(hello: &[u8]) -> sys::rdma_conn_param {
+    sys::rdma_conn_param {
+        private_data: hello.as_ptr().cast(),
+        private_data_len: u8::try_from(hello.len().min(HELLO_BYTES_MAX)).unwrap_or(0),
+        responder_resources: 1,
+        initiator_depth: 1,
+        flow_control: 0,
+        retry_count: RETRIES,
+        rnr_retry_count: NOT_READY_RETRIES,
+        srq: 0,
+        qp_num: 0,
+    }
+}
+
+/// A connection that is being made: which peer, until when.
+struct Dial<'a> {
+    channel: &'a Channel,
+    address: SocketAddr,
+    due: Instant,
+}
+
+impl Dial<'_> {
+    /// Waits until the connection manager says that a step is done.
+    fn expect(&self, wanted: kind::Type, stage: &'static str) -> Result<(), RdmaError> {
+        let address = self.address;
+        let Some(event) = self.channel.await_next(self.due) else {
+            return Err(RdmaError::Silent { address, stage });
+        };
+        let errno = errno_of_status(event.status);
+        match event.kind {
+            got if got == wanted => Ok(()),
+            kind::RDMA_CM_EVENT_ADDR_ERROR => Err(RdmaError::NoDevice { address, errno }),
+            kind::RDMA_CM_EVENT_REJECTED => Err(RdmaError::Rejected { address, reason: event.status }),
+            _ => Err(RdmaError::Silent { address, stage }),
+        }
+    }
+
+    /// Looks for the way to the peer; `false` when it should be tried again. The kernel looks at its neighbour table once
+    /// and then waits for news of it, which on a short wire can have come in between: so it is given little time and
+    /// asked again, which finds the neighbour known.
+    fn resolve(&self, id: &CmId) -> Result<bool, RdmaError> {
+        const RESOLVE_MS: i32 = 300;
+        let address = self.address;
+        let mut to = raw_address(address);
+        let to = (&raw mut to).cast();
+        // SAFETY: the id lives, and the address is whole.
+        let asked = unsafe { sys::rdma_resolve_addr(id.raw(), null_mut(), to, RESOLVE_MS) };
+        outcome(asked).map_err(|errno| RdmaError::NoDevice { address, errno })?;
+        match self.expect(kind::RDMA_CM_EVENT_ADDR_RESOLVED, "its address was not resolved") {
+            Ok(()) => Ok(true),
+            Err(RdmaError::NoDevice { errno: Errno::TIMEDOUT, .. }) if self.left_ms() > 0 => Ok(false),
+            Err(RdmaError::NoDevice { errno: Errno::TIMEDOUT, .. }) => {
+                Err(RdmaError::Silent { address, stage: "its address was not resolved" })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn left_ms(&self) -> i32 {
+        i32::try_from(self.due.saturating_duration_since(now()).as_millis()).unwrap_or(i32::MAX)
+    }
+}
+
+impl RdmaConnection {
+    /// Connects to a listener and says hello, within `within`.
+    pub fn connect(address: SocketAddr, hello: &[u8], within: Duration) -> Result<RdmaConnection, RdmaError> {
+        let channel = Channel::new()?;
+        let id = CmId::new(&channel)?;
+        let dial = Dial { channel: &channel, address, due: now() + within };
+        while !dial.resolve(&id)? {}
+        id.hurry();
+        // SAFETY: the id lives and has an address.
+        let asked = unsafe { sys::rdma_resolve_route(id.raw(), dial.left_ms()) };
+        outcome(asked).map_err(|errno| RdmaError::NoDevice { address, errno })?;
+        dial.expect(kind::RDMA_CM_EVENT_ROUTE_RESOLVED, "no route to it was found")?;
+        let queue_pair = QueuePair::new(&id)?;
+        let mut wanted = parameters(hello);
+        // SAFETY: the id lives and has a route and a queue pair; the hello outlives the call.
+        let asked = unsafe { sys::rdma_connect(id.raw(), &raw mut wanted) };
+        let connected = outcome(asked).map_err(refused("connect over RDMA", FIX_CARD)).and_then(|()| {
+            dial.expect(kind::RDMA_CM_EVENT_ESTABLISHED, "it did not answer the connection request")
+        });
+        let inner = Connection { queue_pair, id, channel };
+        connected?;
+        inner.queue_pair.shorten_not_ready();
+        Ok(RdmaConnection { inner: Arc::new(inner), established: true })
+    }
+}
+
+/// Listens for connections.
+pub struct RdmaListener {
+    _id: CmId,
+    channel: Arc<Channel>,
+}
+
+// SAFETY: the library locks its channels; nothing here has a thread of its own.
+unsafe impl Send for Channel {}
+// SAFETY: as above.
+unsafe impl Sync for Channel {}
+// SAFETY: the library locks its ids, and they have no thread of their own.
+unsafe impl Send for CmId {}
+
+/// Somebody who wants to connect; turned away when dropped.
+pub struct RdmaKnock {
+    id: CmId,
+    /// The listener's, which the id is on until it is accepted.
+    channel: Arc<Channel>,
+    hello: [u8; HELLO_BYTES_MAX],
+}
+
+impl RdmaListener {
+    /// Listens on an address of a card, or on all cards.
+    pub fn bind(address: SocketAddr) -> Result<RdmaListener, RdmaError> {
+        let channel = Channel::new()?;
+        let id = CmId::new(&channel)?;
+        let mut at = raw_address(address);
+        // SAFETY: the id lives, and the address is whole.
+        let bound = unsafe { sys::rdma_bind_addr(id.raw(), (&raw mut at).cast()) };
+        let no_device = |errno| match errno {
+            Errno::NODEV | Errno::ADDRNOTAVAIL => RdmaError::NoDevice { address, errno },
+            _ => refused("listen for RDMA connections", "choose another port, or an address of this host")(
+                errno,
+            ),
+        };
+        outcome(bound).map_err(no_device)?;
+        // SAFETY: the id is bound.
+        let listening = unsafe { sys::rdma_listen(id.raw(), BACKLOG) };
+        outcome(listening).map_err(no_device)?;
+        Ok(RdmaListener { _id: id, channel: Arc::new(channel) })
+    }
+
+    /// The next one who knocks, waiting at most so long.
+    pub fn next(&self, wait: Duration) -> Option<RdmaKnock> {
+        let due = now() + wait;
+        loop {
+            let event = self.channel.await_next(due)?;
+            let id = NonNull::new(event.id).filter(|_| event.kind == kind::RDMA_CM_EVENT_CONNECT_REQUEST);
+            if let Some(id) = id {
+                let channel = Arc::clone(&self.channel);
+                return Some(RdmaKnock { id: CmId(id), channel, hello: event.hello });
+            }
+        }
+    }
+}
+
+impl RdmaKnock {
+    /// What it said, padded with zeroes.
+    #[must_use]
+    pub fn hello(&self) -> &[u8; HELLO_BYTES_MAX] {
+        &self.hello
+    }
+
+    /// Lets it in. Waits for nobody: the link learns by its own progress when the peer is there.
+    pub fn accept(self) -> Result<RdmaConnection, RdmaError> {
+        let cannot = refused("accept an RDMA connection", FIX_CARD);
+        let channel = Channel::new()?;
+        let RdmaKnock { id, channel: _listeners, hello: _ } = self;
+        // SAFETY: both live, and the id's only event, the request, was acknowledged.
+        outcome(unsafe { sys::rdma_migrate_id(id.raw(), channel.0.as_ptr()) }).map_err(&cannot)?;
+        id.hurry();
+        let queue_pair = QueuePair::new(&id)?;
+        let mut wanted = parameters(&[]);
+        // SAFETY: the id has a queue pair and a request to accept.
+        outcome(unsafe { sys::rdma_accept(id.raw(), &raw mut wanted) }).map_err(&cannot)?;
+        Ok(RdmaConnection { inner: Arc::new(Connection { queue_pair, id, channel }), established: false })
+    }
+}
