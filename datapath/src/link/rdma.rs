@@ -88,6 +88,8 @@ pub struct RdmaLink {
     written: u64,
     taken_by_peer: u64,
     fault: Option<LinkFault>,
+    /// The queue pair carries nothing any more; why is known when every request has come back.
+    over: bool,
     count: RdmaCount,
 }
 
@@ -115,6 +117,7 @@ impl RdmaLink {
             written: 0,
             taken_by_peer: 0,
             fault: None,
+            over: false,
             count: RdmaCount::default(),
         }
     }
@@ -150,8 +153,11 @@ impl RdmaLink {
             Some(Notice::DeviceGone) => self.broke(LinkFault::DeviceGone),
             None => {}
         }
+        if self.over && self.posted.is_empty() {
+            self.broke(LinkFault::Closed);
+        }
         any |= self.buffers.as_mut().is_some_and(|buffers| buffers.inbox.fill());
-        if self.established && self.fault.is_none() {
+        if self.established && self.fault.is_none() && !self.over {
             self.post_all().map_err(cannot_post)?;
         }
         Ok(any)
@@ -166,17 +172,20 @@ impl RdmaLink {
                 Done::Immediate(wire) => self.immediate(Immediate::from_wire(wire))?,
                 Done::Note(slot) => self.note(slot)?,
                 Done::Failed(status) => self.failed(status),
+                Done::Over => self.over = true,
             }
         }
         Ok(any)
     }
 
-    /// A request that did not come to its end. What was flushed tells only that the connection is over.
+    /// A request that did not come to its end. One that was flushed tells only that the queue pair is over; the one that
+    /// ended it comes before, or after the flushed receives.
     fn failed(&mut self, status: CompletionStatus) {
-        self.broke(match status {
-            CompletionStatus::FLUSHED => LinkFault::Closed,
-            other => LinkFault::Completed(other),
-        });
+        self.posted.pop_front();
+        self.over = true;
+        if status != CompletionStatus::FLUSHED {
+            self.broke(LinkFault::Completed(status));
+        }
     }
 
     fn immediate(&mut self, immediate: Immediate) -> Result<(), LinkTrouble> {
@@ -275,23 +284,22 @@ fn cannot_post(errno: Errno) -> LinkTrouble {
     LinkTrouble::Lost(LinkFault::Failed(errno))
 }
 
-fn not_registered(error: RdmaError) -> LinkTrouble {
-    match error {
-        RdmaError::HostRefused { service, fix, errno } => LinkTrouble::Refused { service, fix, errno },
-        RdmaError::NoDevice { .. } | RdmaError::Rejected { .. } | RdmaError::Silent { .. } => {
-            LinkTrouble::Lost(LinkFault::Closed)
-        }
+fn not_registered(error: &RdmaError) -> LinkTrouble {
+    if let RdmaError::HostRefused { service, fix, errno } = *error {
+        return LinkTrouble::Refused { service, fix, errno };
     }
+    LinkTrouble::Lost(LinkFault::Closed)
 }
 
 impl Link for RdmaLink {
     fn prepare(&mut self, plan: LinkPlan) -> Result<(), LinkTrouble> {
         let queue_pair = &self.connection.queue_pair;
         let slot_bytes = plan.slot_bytes.next_multiple_of(4096);
-        let slots =
-            Region::new(queue_pair, plan.send_slots * slot_bytes, Reach::Local).map_err(not_registered)?;
+        let slots = Region::new(queue_pair, plan.send_slots * slot_bytes, Reach::Local)
+            .map_err(|error| not_registered(&error))?;
         let ring_bytes = (plan.receive_bytes / RDMA_RING_PART).next_multiple_of(4096);
-        let ring = Region::new(queue_pair, ring_bytes, Reach::PeerWrites).map_err(not_registered)?;
+        let ring =
+            Region::new(queue_pair, ring_bytes, Reach::PeerWrites).map_err(|error| not_registered(&error))?;
         self.notes.push_back(Note::Ring(ring.key().window()));
         let inbox = Inbox::new(ring, plan.receive_bytes);
         self.queue = VecDeque::with_capacity(plan.send_slots);

@@ -28,10 +28,11 @@ use super::verbs::QueuePair;
 pub const HELLO_BYTES_MAX: usize = 56;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 32;
-/// The card asks again after 4.096 µs times two to this power, 0.54 s, and gives up after [`RETRIES`]: 4.3 s, a little
-/// before the control channel does, so that the error names what the card saw.
+/// The card asks again after 4.096 µs times two to this power, 0.54 s, and gives up after [`RETRIES`]: 3.8 s, a little
+/// before the control channel does, so that the error names what the card saw. Seven retries would be endless ones to
+/// the soft card rxe.
 const ACK_TIMEOUT: u8 = 17;
-const RETRIES: u8 = 7;
+const RETRIES: u8 = 6;
 /// Without end: a peer that is there and has posted no receive is slow, not lost.
 const NOT_READY_RETRIES: u8 = 7;
 /// `RDMA_OPTION_ID` and `RDMA_OPTION_ID_ACK_TIMEOUT` of rdma_cma.h.
@@ -214,9 +215,10 @@ impl Connection {
                 kind::RDMA_CM_EVENT_DEVICE_REMOVAL => return Some(Notice::DeviceGone),
                 kind::RDMA_CM_EVENT_DISCONNECTED
                 | kind::RDMA_CM_EVENT_CONNECT_ERROR
-                | kind::RDMA_CM_EVENT_UNREACHABLE
                 | kind::RDMA_CM_EVENT_REJECTED
                 | kind::RDMA_CM_EVENT_TIMEWAIT_EXIT => return Some(Notice::Disconnected),
+                // Of a connection that stands, «unreachable» says that the kernel's neighbour table changed. The card
+                // knows better: either it still gets through, or it says how it failed.
                 _ => {}
             }
         }

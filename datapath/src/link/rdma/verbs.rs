@@ -20,7 +20,6 @@ use rustix::io::Errno;
 use super::cm::CmId;
 use super::error::{FIX_CARD, FIX_LOCKED, RdmaError, refused};
 use super::wire::{CARD_BYTES, Card, Window};
-use crate::guest_ram::GuestRange;
 use crate::limits::{RDMA_RECEIVES, RDMA_SENDS};
 use crate::link::completion::CompletionStatus;
 use crate::link::ring::{Mapped, map_slots};
@@ -37,8 +36,10 @@ pub(super) enum Done {
     Immediate(u32),
     /// A note came, into this slot.
     Note(usize),
-    /// One that did not come to its end.
+    /// The oldest one that was posted for sending did not come to its end.
     Failed(CompletionStatus),
+    /// A receive did not: the queue pair is over.
+    Over,
 }
 
 /// The last error of the C library, where it returned a null pointer.
@@ -135,14 +136,10 @@ unsafe impl Sync for Key {}
 /// What the card may do with registered memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reach {
-    /// This host's work requests read from it.
-    Read,
     /// This host's work requests read from it and write to it.
     Local,
     /// The peer writes to it.
     PeerWrites,
-    /// The peer writes to it, and the card faults pages in as it needs them.
-    PeerWritesOnDemand,
 }
 
 impl Reach {
@@ -151,10 +148,8 @@ impl Reach {
         let local = access::IBV_ACCESS_LOCAL_WRITE.0;
         let peer = local | access::IBV_ACCESS_REMOTE_WRITE.0;
         let flags = match self {
-            Reach::Read => 0,
             Reach::Local => local,
             Reach::PeerWrites => peer,
-            Reach::PeerWritesOnDemand => peer | access::IBV_ACCESS_ON_DEMAND.0,
         };
         i32::try_from(flags).unwrap_or(0)
     }
@@ -167,15 +162,6 @@ impl Key {
         // SAFETY: the library only hands the range to the kernel, which refuses what is not mapped.
         let key = unsafe { sys::ibv_reg_mr(pd, start.cast(), len, reach.flags()) };
         NonNull::new(key).map(Key).ok_or_else(last_errno)
-    }
-
-    /// Registers guest memory. The card reads and writes it beside the guest, as any device does.
-    pub(super) fn of_guest(
-        queue_pair: &QueuePair,
-        range: &GuestRange<'_>,
-        reach: Reach,
-    ) -> Result<Key, Errno> {
-        Key::register(queue_pair, range.as_ptr().cast_mut(), range.len(), reach)
     }
 
     fn raw(&self) -> sys::ibv_mr {
@@ -328,24 +314,6 @@ impl QueuePair {
         unsafe { (*self.queue.as_ptr()).pd }
     }
 
-    /// Whether keys of the other one are good here.
-    pub(super) fn shares_keys_with(&self, other: &QueuePair) -> bool {
-        self.protection_domain() == other.protection_domain()
-    }
-
-    /// Whether the card can fault guest pages in by itself when a peer writes them.
-    pub(super) fn writes_on_demand(&self) -> bool {
-        let mut attributes = MaybeUninit::<sys::ibv_device_attr_ex>::zeroed();
-        // SAFETY: the queue pair lives as long as we do.
-        let verbs = unsafe { (*self.queue.as_ptr()).context };
-        // SAFETY: an open device, and room for the answer.
-        let asked = unsafe { sys::ibv_query_device_ex(verbs, std::ptr::null(), attributes.as_mut_ptr()) };
-        // SAFETY: plain numbers, zeroed before the call filled them in.
-        let attributes = unsafe { attributes.assume_init() };
-        let write = sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_WRITE.0;
-        asked == 0 && attributes.odp_caps.per_transport_caps.rc_odp_caps & write != 0
-    }
-
     /// Lets the peer wait 0.64 ms, and not the default 655 ms, when no receive is posted.
     pub(super) fn shorten_not_ready(&self) {
         const TIMER_640_US: u8 = 12;
@@ -454,11 +422,12 @@ impl QueuePair {
     /// The next finished work request.
     pub(super) fn poll(&self) -> Result<Option<Done>, Errno> {
         let Some(completion) = self.completions.poll()? else { return Ok(None) };
-        if completion.status != sys::ibv_wc_status::IBV_WC_SUCCESS {
-            return Ok(Some(Done::Failed(CompletionStatus(completion.status))));
-        }
-        if completion.wr_id & RECEIVE == 0 {
-            return Ok(Some(Done::Sent));
+        let succeeded = completion.status == sys::ibv_wc_status::IBV_WC_SUCCESS;
+        match (completion.wr_id & RECEIVE == 0, succeeded) {
+            (true, true) => return Ok(Some(Done::Sent)),
+            (true, false) => return Ok(Some(Done::Failed(CompletionStatus(completion.status)))),
+            (false, true) => {}
+            (false, false) => return Ok(Some(Done::Over)),
         }
         let slot = usize::try_from(completion.wr_id & !RECEIVE).unwrap_or(0);
         if completion.opcode != sys::ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM {
