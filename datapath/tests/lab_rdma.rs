@@ -2,10 +2,10 @@
 #![expect(clippy::disallowed_methods, reason = "tests that wait need a deadline")]
 
 #[cfg(test)]
-#[path = "lab_rdma/cable.rs"]
+#[path = "rdma/cable.rs"]
 mod cable;
 #[cfg(test)]
-#[path = "lab_rdma/links.rs"]
+#[path = "rdma/links.rs"]
 mod links;
 #[cfg(test)]
 #[expect(dead_code, reason = "the transfers over TCP and memory use the rest")]
