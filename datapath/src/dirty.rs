@@ -12,6 +12,7 @@ use crate::page::PageIndex;
 use crate::page_set::PageSet;
 
 pub mod combined;
+pub mod contract;
 pub mod departing;
 pub mod kvm_log;
 pub mod kvm_ring;

@@ -122,7 +122,27 @@ impl Watch {
 /// Tracks every process that maps `blocks` for writing; `vmm` must be among them and must be trackable. Another
 /// process that cannot be tracked is noted and its pages are pinned.
 pub fn track(vmm: i32, layout: &RamLayout, blocks: &[BlockPlace]) -> Result<Tracked, GuestError> {
-    let method = Method::choose()?;
+    track_by(&Method::choose()?, vmm, layout, blocks)
+}
+
+/// [`track`] by soft-dirty bits, also where the kernel has better: on Linux 6.7 and newer only a test wants that.
+pub fn track_by_soft_dirty(
+    vmm: i32,
+    layout: &RamLayout,
+    blocks: &[BlockPlace],
+) -> Result<Tracked, GuestError> {
+    if !soft_dirty_support() {
+        return Err(GuestError::mistake("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)"));
+    }
+    track_by(&Method::SoftDirty("they were asked for".into()), vmm, layout, blocks)
+}
+
+fn track_by(
+    method: &Method,
+    vmm: i32,
+    layout: &RamLayout,
+    blocks: &[BlockPlace],
+) -> Result<Tracked, GuestError> {
     let (writers, hidden) = look_everywhere(blocks)?;
     if !writers.iter().any(|writer| writer.process == vmm) {
         return Err(GuestError::misbehaved(format!(

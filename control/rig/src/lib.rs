@@ -11,6 +11,7 @@
 
 mod answer;
 mod assets;
+mod commanded_writer;
 mod console;
 mod cpio;
 mod disk;
@@ -25,6 +26,7 @@ mod second_writer;
 
 pub use answer::{ANSWER_PREFIX, GuestGap, GuestStatus};
 pub use assets::{Assets, cache_folder};
+pub use commanded_writer::CommandedWriter;
 pub use console::Console;
 pub use cpio::Archive;
 pub use disk::{DISK_BLOCK_BYTES, block_word, create_disk};

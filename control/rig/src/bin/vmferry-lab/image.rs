@@ -20,7 +20,8 @@ const TOOLS: [(&str, &[&str]); 4] = [
 const PROVIDERS: &str = "/usr/lib/x86_64-linux-gnu/libibverbs";
 const PROVIDER_NAMES: &str = "/etc/libibverbs.d";
 /// Programs of the workspace that tests start.
-const PROGRAMS: [&str; 4] = ["vmferry", "vmferry-bench", "vmferry-guest-init", "vmferry-second-writer"];
+const PROGRAMS: [&str; 5] =
+    ["vmferry", "vmferry-bench", "vmferry-guest-init", "vmferry-second-writer", "vmferry-commanded-writer"];
 
 /// What `scripts/lab setup` prepared.
 pub(crate) struct LabFiles {
