@@ -56,7 +56,7 @@ fn main() -> ExitCode {
 
 fn run_tests(filter: Option<&str>) -> Result<bool, RigError> {
     let files = LabFiles::find()?;
-    let binaries = tests::build()?;
+    let binaries = tests::build(filter)?;
     let plan = Plan::make(&binaries, filter)?;
     if plan.is_empty() {
         eprintln!("lab: no lab test has a name that contains {:?}", filter.unwrap_or_default());
@@ -108,7 +108,7 @@ fn watch(hosts: &mut [LabHost], results: &mut Results, began: Instant) -> Result
 /// Host a's shell on this terminal, and host b's on a socket beside it.
 fn shell(two: bool) -> Result<bool, RigError> {
     let files = LabFiles::find()?;
-    let binaries = tests::build()?;
+    let binaries = tests::build(None)?;
     let folder = TempDir::new().map_err(|source| host_error("cannot create a folder", source))?;
     let image = image::build(&files, &Plan::whole(&binaries), &binaries, folder.path())?;
     let socket = folder.path().join("b.console");

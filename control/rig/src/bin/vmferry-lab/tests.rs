@@ -17,10 +17,15 @@ pub(crate) struct TestBinary {
     pub(crate) tests: Vec<String>,
 }
 
-/// Builds the workspace's programs and lab tests, and lists the tests.
-pub(crate) fn build() -> Result<Vec<TestBinary>, RigError> {
+/// Builds the workspace's programs and lab tests, and lists the tests. A filter that names a binary, alone or before
+/// `::`, has no other one built.
+pub(crate) fn build(filter: Option<&str>) -> Result<Vec<TestBinary>, RigError> {
     cargo(&["build", "--workspace", "--bins"])?;
-    let names = target_names()?;
+    let mut names = target_names()?;
+    let named = filter.and_then(|filter| filter.split("::").next());
+    if names.iter().any(|name| Some(name.as_str()) == named) {
+        names.retain(|name| Some(name.as_str()) == named);
+    }
     if names.is_empty() {
         return Err(RigError::Missing(
             "no crate has a test named lab_*: is this the vmferry workspace?".into(),
