@@ -66,6 +66,9 @@ pub enum TrackError {
         #[source]
         errno: Errno,
     },
+    /// The VMM keeps the log itself, and could not tell.
+    #[error("the VMM could not tell its dirty pages: {0}; look whether it still runs")]
+    VmmLost(String),
     /// The watched process could not be held still while its bits were read.
     #[error(
         "the VMM could not be held still to read its dirty pages: {0}; check that nothing else traces it"

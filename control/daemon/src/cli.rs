@@ -39,6 +39,9 @@ pub enum Verb {
     Doctor(DoctorArgs),
     /// Run the embedded guest: a process with seeded writers that proves its own memory.
     Workload(vmferry_guest::process::WorkloadArgs),
+    /// Run a micro-VM on KVM: a Linux guest that 'kvm:NAME' moves.
+    #[command(name = "microvm")]
+    MicroVm(vmferry_guest::kvm::MicroVmArgs),
     /// Print the table of exit codes.
     ExitCodes,
     /// Brings a source guest back when its sender dies; started by 'send'.
@@ -78,7 +81,7 @@ pub struct SecurityArgs {
 /// `vmferry send`
 #[derive(Debug, Clone, Args)]
 pub struct SendArgs {
-    /// The guest to move: qemu:PATH of its QMP socket, or process:NAME.
+    /// The guest to move: qemu:PATH of its QMP socket, kvm:NAME or process:NAME.
     #[arg(long, value_name = "GUEST")]
     pub guest: GuestSpec,
     /// Where 'vmferry receive' listens: tcp://HOST:PORT.
@@ -131,7 +134,7 @@ pub struct ReceiveArgs {
     /// Address to listen on: tcp://HOST:PORT.
     #[arg(long, value_name = "URI")]
     pub listen: Endpoint,
-    /// The guest that waits for the state: qemu:PATH of its QMP socket (started with -incoming defer), or process:NAME.
+    /// The guest that waits for the state: qemu:PATH of its QMP socket (started with -incoming defer), kvm:NAME or process:NAME (started with --incoming).
     #[arg(long, value_name = "GUEST")]
     pub guest: GuestSpec,
     /// How the move is protected.
@@ -229,6 +232,8 @@ mod tests {
             "vmferry receive --listen tcp://127.0.0.1:7700 --guest qemu:/run/b.qmp --tls-dir pki --json",
             "vmferry send --guest qemu:/run/a.qmp --to tcp://127.0.0.1:7700 --tls-dir pki --downtime-limit 300ms --lanes auto --cpus 0-1 --bandwidth 10Gbit --timeout 10min --compress off --verify --json",
             "vmferry send --guest process:a --to tcp://127.0.0.1:7700 --insecure-plaintext --on-no-converge throttle",
+            "vmferry microvm --name a --kernel /boot/vmlinuz --initramfs root.cpio --append quiet --ram 128MiB --dirty ring --cpu-features host,-avx2",
+            "vmferry microvm --name b --incoming --console none --beat unix:/run/beat",
             "vmferry demo",
             "vmferry doctor",
         ] {

@@ -31,6 +31,10 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => refuse(&blame::refused_guest(&error)),
         },
+        Verb::MicroVm(args) => match vmferry_guest::kvm::run(&args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => refuse(&blame::refused_guest(&error)),
+        },
         Verb::ExitCodes => {
             EXIT_CODES.iter().for_each(|(code, meaning)| println!("{code:>4}  {meaning}"));
             ExitCode::SUCCESS

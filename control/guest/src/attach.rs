@@ -122,7 +122,7 @@ impl Watch {
 /// Tracks every process that maps `blocks` for writing; `vmm` must be among them and must be trackable. Another
 /// process that cannot be tracked is noted and its pages are pinned.
 pub fn track(vmm: i32, layout: &RamLayout, blocks: &[BlockPlace]) -> Result<Tracked, GuestError> {
-    track_by(&Method::choose()?, vmm, layout, blocks)
+    track_by(&Method::choose()?, vmm, layout, blocks, None)
 }
 
 /// [`track`] by soft-dirty bits, also where the kernel has better: on Linux 6.7 and newer only a test wants that.
@@ -134,7 +134,17 @@ pub fn track_by_soft_dirty(
     if !soft_dirty_support() {
         return Err(GuestError::mistake("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)"));
     }
-    track_by(&Method::SoftDirty("they were asked for".into()), vmm, layout, blocks)
+    track_by(&Method::SoftDirty("they were asked for".into()), vmm, layout, blocks, None)
+}
+
+/// [`track`] for a VMM that tells by its `own` log what it and its guest write: only the others are tracked from outside.
+pub fn track_beside(
+    vmm: i32,
+    layout: &RamLayout,
+    blocks: &[BlockPlace],
+    own: Box<dyn DirtyLog>,
+) -> Result<Tracked, GuestError> {
+    track_by(&Method::choose()?, vmm, layout, blocks, Some(own))
 }
 
 fn track_by(
@@ -142,6 +152,7 @@ fn track_by(
     vmm: i32,
     layout: &RamLayout,
     blocks: &[BlockPlace],
+    mut own: Option<Box<dyn DirtyLog>>,
 ) -> Result<Tracked, GuestError> {
     let (writers, hidden) = look_everywhere(blocks)?;
     if !writers.iter().any(|writer| writer.process == vmm) {
@@ -165,7 +176,8 @@ fn track_by(
     }
     let mut logs = Vec::new();
     for writer in &watch.known {
-        match method.track(writer) {
+        let told = own.take_if(|_| writer.process == vmm);
+        match told.map_or_else(|| method.track(writer), Ok) {
             Ok(log) if writer.process == vmm => logs.push(log),
             Ok(log) => {
                 let mut pages = PageSet::new(layout);

@@ -17,7 +17,7 @@ use crate::{DeviceFacts, DeviceStream, GuestError};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Description {
-    /// The adapter: `qemu` or `process`.
+    /// The adapter: `qemu`, `kvm` or `process`.
     pub kind: String,
     /// The guest's own name, for people.
     pub name: String,

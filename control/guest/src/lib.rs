@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   session driver ──► SourceGuest / TargetGuest ──┬─ qemu: QMP, any running and unmodified QEMU
+//!                            │                     ├─ kvm: our micro-VM, which tracks itself
 //!                            │                     └─ process: the embedded workload
 //!                            └─ attach: dirty tracking from outside, for both
 //! ```
@@ -12,6 +13,7 @@ mod control;
 mod device;
 mod error;
 mod guest;
+pub mod kvm;
 mod open;
 pub mod process;
 pub mod qemu;

@@ -1,4 +1,4 @@
-//! Which guest: `qemu:/run/a.qmp` or `process:NAME`.
+//! Which guest: `qemu:/run/a.qmp`, `kvm:NAME` or `process:NAME`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -13,6 +13,11 @@ pub enum GuestSpec {
     Qemu {
         /// The UNIX socket that QEMU's `-qmp` or `-mon` option opened.
         qmp: PathBuf,
+    },
+    /// A micro-VM, by its name.
+    Kvm {
+        /// The name it was started under.
+        name: String,
     },
     /// An embedded workload process, by its name.
     Process {
@@ -30,8 +35,11 @@ impl FromStr for GuestSpec {
             Some(("process", name)) if !name.is_empty() && !name.contains('/') => {
                 Ok(GuestSpec::Process { name: name.to_owned() })
             }
+            Some(("kvm", name)) if !name.is_empty() && !name.contains('/') => {
+                Ok(GuestSpec::Kvm { name: name.to_owned() })
+            }
             _ => Err(GuestError::mistake(format!(
-                "`{text}` names no guest; write qemu:/path/of/its/qmp.sock or process:NAME"
+                "`{text}` names no guest; write qemu:/path/of/its/qmp.sock, kvm:NAME or process:NAME"
             ))),
         }
     }
@@ -41,6 +49,7 @@ impl fmt::Display for GuestSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             GuestSpec::Qemu { qmp } => write!(f, "qemu:{}", qmp.display()),
+            GuestSpec::Kvm { name } => write!(f, "kvm:{name}"),
             GuestSpec::Process { name } => write!(f, "process:{name}"),
         }
     }
@@ -52,14 +61,14 @@ mod tests {
 
     #[test]
     fn a_spec_reads_back_what_it_prints() {
-        for text in ["qemu:/run/a.qmp", "process:db-1", "qemu:relative/with:colon"] {
+        for text in ["qemu:/run/a.qmp", "process:db-1", "kvm:web-2", "qemu:relative/with:colon"] {
             assert_eq!(text.parse::<GuestSpec>().unwrap().to_string(), text);
         }
     }
 
     #[test]
     fn anything_else_is_refused_with_the_forms_that_work() {
-        for text in ["", "qemu:", "process:", "process:a/b", "/run/a.qmp", "xen:7"] {
+        for text in ["", "qemu:", "kvm:", "kvm:a/b", "process:", "process:a/b", "/run/a.qmp", "xen:7"] {
             let sentence = text.parse::<GuestSpec>().unwrap_err().to_string();
             assert!(sentence.contains("qemu:/path") && sentence.contains("process:NAME"), "{sentence}");
         }

@@ -140,6 +140,12 @@ impl Blank {
         &self.board.memory
     }
 
+    /// The serial console.
+    #[must_use]
+    pub fn console(&self) -> &Console {
+        &self.board.console
+    }
+
     /// Gives every CPU what it may say of itself.
     pub(crate) fn identify(&self) -> Result<(), KvmError> {
         let supported = cpuid::supported(&self.board.kvm)?;

@@ -4,10 +4,9 @@
 //! still be on its way when the interrupt controllers are saved. What must never happen: input that reaches the UART of a
 //! paused guest, after its state was saved.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use vm_superio::serial::NoEvents;
@@ -26,8 +25,6 @@ pub(crate) const BEAT_PORT: u64 = 0xe9;
 pub(crate) const KEYBOARD_PORT: u64 = 0x60;
 pub(crate) const KEYBOARD_PORTS: u64 = 5;
 const COMMAND_OFFSET: u64 = 4;
-/// How long input waits for room in the UART, or for the guest to run.
-const INPUT_WAIT: Duration = Duration::from_millis(1);
 
 /// Where a device's bytes go.
 pub type Sink = Box<dyn Write + Send>;
@@ -78,32 +75,8 @@ impl Console {
         self.lock().open = open;
     }
 
-    /// Types `bytes`; returns when the UART took all of them, or `false` when `stop` says so first.
-    pub fn type_in(&self, mut bytes: &[u8], stop: &AtomicBool) -> bool {
-        while !bytes.is_empty() {
-            if stop.load(Ordering::Relaxed) {
-                return false;
-            }
-            let taken = self.offer(bytes);
-            bytes = &bytes[taken..];
-            if taken == 0 {
-                std::thread::sleep(INPUT_WAIT);
-            }
-        }
-        true
-    }
-
-    /// Types everything that `from` gives, until it ends or `stop` is set.
-    pub fn feed(&self, from: &mut dyn Read, stop: &AtomicBool) {
-        let mut bytes = [0; 64];
-        while let Ok(count @ 1..) = from.read(&mut bytes) {
-            if !self.type_in(&bytes[..count], stop) {
-                return;
-            }
-        }
-    }
-
-    fn offer(&self, bytes: &[u8]) -> usize {
+    /// Types as much of `bytes` as there is room for and the guest runs, and says how much.
+    pub fn offer(&self, bytes: &[u8]) -> usize {
         let mut held = self.lock();
         let room = held.uart.fifo_capacity().min(bytes.len());
         if !held.open || room == 0 {

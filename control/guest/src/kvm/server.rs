@@ -1,0 +1,139 @@
+//! The micro-VM process: it owns the machine and answers on the control socket until its guest ends or it is told to quit.
+
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vmferry_datapath::{DirtyLog, PageSet};
+use vmferry_kvm::GuestEnd;
+
+use super::microvm::{HeldLog, MicroVm, SAVED_BYTES_MAX};
+use super::wire::{Reply, Request};
+use super::{MicroVmArgs, socket_path};
+use crate::GuestError;
+use crate::control::{Line, Socket};
+
+/// How soon the end of a guest ends the process.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Runs a micro-VM until its guest ends, or until it is told to quit, which a completed move does.
+pub fn run(args: &MicroVmArgs) -> Result<(), GuestError> {
+    let socket = Socket::listen(&socket_path(&args.name)?, &format!("a micro-VM '{}'", args.name))?;
+    let vm = Arc::new(Mutex::new(MicroVm::start(args)?));
+    let (quit, quitting) = channel();
+    let shared = Arc::clone(&vm);
+    socket.serve(move |line| {
+        Client { line, vm: Arc::clone(&shared), log: None, quit: quit.clone() }.serve();
+    })?;
+    loop {
+        match quitting.recv_timeout(LOOK_EVERY) {
+            Ok(()) => return Ok(()),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(GuestError::misbehaved("the control socket broke: start the micro-VM again"));
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        match lock(&vm).end() {
+            None => {}
+            Some(GuestEnd::Reset) => return Ok(()),
+            Some(GuestEnd::Crashed(why)) => {
+                return Err(GuestError::misbehaved(format!("the guest crashed: {why}")));
+            }
+        }
+    }
+}
+
+fn lock(vm: &Mutex<MicroVm>) -> MutexGuard<'_, MicroVm> {
+    vm.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One connection, and the log that it asked for.
+struct Client {
+    line: Line,
+    vm: Arc<Mutex<MicroVm>>,
+    log: Option<HeldLog>,
+    quit: Sender<()>,
+}
+
+impl Client {
+    fn serve(mut self) {
+        while let Ok(Some(request)) = self.line.receive::<Request>() {
+            if self.handle(&request).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn vm(&self) -> MutexGuard<'_, MicroVm> {
+        lock(&self.vm)
+    }
+
+    fn handle(&mut self, request: &Request) -> std::io::Result<()> {
+        let reply = match request {
+            Request::Save => {
+                let saved = self.vm().save();
+                return self.give(saved);
+            }
+            Request::Harvest => {
+                let harvest = self.harvest();
+                return self.give(harvest);
+            }
+            Request::Load { len } => return self.load(*len),
+            Request::Quit => Reply::Done,
+            Request::Attach => self.attach(),
+            Request::Describe => Reply::Identity(self.vm().identity()),
+            Request::Pause => self.vm().pause(),
+            Request::Resume => self.vm().resume(),
+            Request::Run => self.vm().run_loaded(),
+            Request::Discard => self.vm().discard(),
+            Request::Status => Reply::Status(self.vm().status()),
+            Request::Stop => self.vm().stop(),
+            Request::Start => self.vm().start_again(),
+        };
+        self.line.send(&reply)?;
+        if *request == Request::Quit {
+            let _ = self.quit.send(());
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self) -> Reply {
+        // An older log of this connection ends first.
+        self.log = None;
+        let tracked = self.vm().track();
+        match tracked {
+            Ok(log) => {
+                self.log = Some(log);
+                Reply::Done
+            }
+            Err(refusal) => refusal,
+        }
+    }
+
+    /// Without the machine's lock: a harvest and a pause may go on side by side.
+    fn harvest(&mut self) -> Result<Vec<u8>, Reply> {
+        let layout = self.vm().memory().layout().clone();
+        let Some(held) = &mut self.log else {
+            return Err(Reply::Refused("this connection tracks nothing: attach first".to_owned()));
+        };
+        let mut set = PageSet::new(&layout);
+        held.log.collect(&mut set).map_err(|error| Reply::Refused(error.to_string()))?;
+        Ok(set.words().iter().flat_map(|word| word.to_le_bytes()).collect())
+    }
+
+    fn give(&mut self, bytes: Result<Vec<u8>, Reply>) -> std::io::Result<()> {
+        match bytes {
+            Err(refusal) => self.line.send(&refusal),
+            Ok(bytes) => {
+                self.line.send(&Reply::Bytes { len: bytes.len() as u64 })?;
+                self.line.send_bytes(&bytes)
+            }
+        }
+    }
+
+    fn load(&mut self, len: u64) -> std::io::Result<()> {
+        let bytes = self.line.receive_bytes(len, SAVED_BYTES_MAX)?;
+        let reply = self.vm().load(&bytes);
+        self.line.send(&reply)
+    }
+}
