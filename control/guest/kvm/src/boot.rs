@@ -2,6 +2,7 @@
 
 mod cpu_mode;
 mod linux;
+mod mp_table;
 
 use vm_memory::{Bytes, GuestAddress};
 

@@ -8,12 +8,15 @@
 mod names;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Cap, Kvm};
 
 use crate::KvmError;
 use crate::vcpu::Vcpu;
 use names::{WORD_COUNT, WORDS};
 
+/// Bits of the first leaf's ECX.
+const HYPERVISOR: u32 = 1 << 31;
+const DEADLINE_TIMER: u32 = 1 << 24;
 /// Performance counters.
 const LEAF_COUNTERS: u32 = 0xa;
 /// The two leaves that tell a CPU's own number in the machine.
@@ -108,9 +111,16 @@ impl FeatureSet {
     }
 }
 
-/// What this host's KVM can give.
+/// What this host's KVM can give, with what it leaves to the VMM to say: that there is a hypervisor, and whether its
+/// local APIC has the deadline timer.
 pub(crate) fn supported(kvm: &Kvm) -> Result<CpuId, KvmError> {
-    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::refused("say what its CPUs can do"))
+    let mut cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(KvmError::refused("say what its CPUs can do"))?;
+    let deadline = if kvm.check_extension(Cap::TscDeadlineTimer) { DEADLINE_TIMER } else { 0 };
+    let first_leaf = cpuid.as_mut_slice().iter_mut().filter(|entry| entry.function == 1);
+    first_leaf.for_each(|entry| entry.ecx |= HYPERVISOR | deadline);
+    Ok(cpuid)
 }
 
 /// Gives each CPU the entries, with its own number in them.

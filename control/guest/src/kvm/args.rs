@@ -96,6 +96,10 @@ impl FromStr for Route {
 /// A console, and an end of the process when the guest ends; no devices to look for that are not there.
 const KERNEL_WORDS: &str = "console=ttyS0 reboot=k panic=-1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd";
 
+/// For one processor: many kernels read no table of processors (Debian's cloud kernel has neither this machine's kind
+/// nor any other without ACPI), and wait for ever for the timer of a local APIC that they found by themselves.
+const ONE_CPU_WORDS: &str = "nolapic";
+
 /// The files of a guest to boot, read.
 pub(super) struct BootFiles {
     kernel: File,
@@ -114,6 +118,16 @@ impl MicroVmArgs {
         ByteLen(self.ram.as_u64())
     }
 
+    fn command_line(&self) -> String {
+        let more = if self.cpus == 1 { ONE_CPU_WORDS } else { "" };
+        [KERNEL_WORDS, more, &self.append]
+            .iter()
+            .filter(|words| !words.is_empty())
+            .copied()
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
     /// Nothing for a guest that comes in.
     pub(super) fn boot_files(&self) -> Result<Option<BootFiles>, GuestError> {
         let Some(kernel) = self.kernel.as_ref().filter(|_| !self.incoming) else { return Ok(None) };
@@ -122,7 +136,7 @@ impl MicroVmArgs {
         Ok(Some(BootFiles {
             kernel: File::open(kernel).map_err(cannot(kernel))?,
             initramfs: initramfs.transpose()?.unwrap_or_default(),
-            command_line: format!("{KERNEL_WORDS} {}", self.append).trim_end().to_owned(),
+            command_line: self.command_line(),
         }))
     }
 }

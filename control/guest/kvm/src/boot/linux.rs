@@ -1,7 +1,7 @@
 //! A Linux kernel by the 64-bit boot protocol: bzImage, initramfs, command line and the map of the memory.
 //!
 //! ```text
-//!   0x500 GDT · 0x7000 boot_params · 0x9000 page tables · 0x20000 command line │ 1 MiB kernel … │ … initramfs, at the top
+//!   0x500 GDT · 0x7000 boot_params · 0x9000 page tables · 0x20000 command line · 0x9fc00 processors │ 1 MiB kernel … │ … initramfs, at the top
 //! ```
 
 use std::fs::File;
@@ -12,7 +12,7 @@ use linux_loader::loader::bootparam::boot_params;
 use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::GuestAddress;
 
-use super::{cpu_mode, write};
+use super::{cpu_mode, mp_table, write};
 use crate::KvmError;
 use crate::machine::Blank;
 use crate::memory::{GAP_END, GAP_START};
@@ -59,6 +59,8 @@ pub(super) fn load(blank: &Blank, boot: &LinuxBoot<'_>) -> Result<(), KvmError> 
     params.hdr.type_of_loader = 0xff;
     place_command_line(blank, boot.command_line, &mut params)?;
     place_initramfs(blank, boot.initramfs, loaded.kernel_end, &mut params)?;
+    let cpus = u8::try_from(blank.vcpus.len()).unwrap_or(u8::MAX);
+    write(blank, mp_table::MP_TABLE, &mp_table::table(cpus), "the processor table")?;
     describe_memory(blank.memory().layout().total_bytes().0, &mut params);
     let params = BootParams::new::<boot_params>(&params, GuestAddress(BOOT_PARAMS));
     LinuxBootConfigurator::write_bootparams(&params, blank.memory().map()).map_err(|error| {
