@@ -15,8 +15,9 @@ use vmferry_datapath::{ByteLen, RamBlock, RamLayout};
 use vmferry_session::source::SourceState;
 use vmferry_session::target::TargetState;
 use vmferry_session::{
-    AttemptId, CipherSuite, GuestFacts, Limits, Message, Next, Offer, RunFailure, RunningToken, SessionError,
-    SourceEvent, SourceOutcome, TargetEvent, TargetOutcome, TargetTerms, VERSION, VacantToken, negotiate,
+    AttemptId, CipherSuite, GuestFacts, LaneTransport, Limits, Message, Next, Offer, RunFailure,
+    RunningToken, SessionError, SourceEvent, SourceOutcome, TargetEvent, TargetOutcome, TargetTerms, VERSION,
+    VacantToken, negotiate,
 };
 
 pub use facts::Facts;
@@ -147,6 +148,7 @@ fn guest() -> GuestFacts {
 
 fn offer() -> Offer {
     Offer {
+        transports: vec![LaneTransport::Tcp],
         attempt: ATTEMPT,
         versions: vec![VERSION],
         ciphers: vec![CipherSuite::Aes256Gcm],
@@ -160,6 +162,7 @@ fn offer() -> Offer {
 fn terms() -> TargetTerms {
     let offer = offer();
     TargetTerms {
+        transports: vec![LaneTransport::Tcp],
         versions: offer.versions,
         ciphers: offer.ciphers,
         compressions: vec![],

@@ -8,7 +8,7 @@ use vmferry::door::LaneHello;
 use vmferry_datapath::{ByteLen, RamBlock, RamLayout};
 use vmferry_session::{
     AbortKind, AbortReason, Agreement, AttemptId, CipherSuite, CompressionMode, DeviceTimes, FinalTotals,
-    GuestFacts, LaneTally, Message, Offer, TargetTerms, TargetTimes, VERSION, encode,
+    GuestFacts, LaneTally, LaneTransport, Message, Offer, TargetTerms, TargetTimes, VERSION, encode,
 };
 use vmferry_tests::fuzz;
 use vmferry_tests::world::Dice;
@@ -30,6 +30,7 @@ fn guest() -> GuestFacts {
 
 fn offer() -> Offer {
     Offer {
+        transports: vec![LaneTransport::Tcp],
         attempt: ATTEMPT,
         versions: vec![VERSION],
         ciphers: vec![CipherSuite::Aes256Gcm],
@@ -43,6 +44,7 @@ fn offer() -> Offer {
 fn messages() -> Vec<Message> {
     let reason = || AbortReason::new(AbortKind::Cancelled, "the move was cancelled");
     let agreement = Agreement {
+        transport: LaneTransport::Tcp,
         attempt: ATTEMPT,
         version: VERSION,
         cipher: CipherSuite::Aes256Gcm,
@@ -125,6 +127,7 @@ fn a_megabyte_without_an_end_is_not_kept() {
 fn negotiation_takes_damaged_offers() {
     let mut dice = Dice::new(0x0FFE);
     let terms = TargetTerms {
+        transports: vec![LaneTransport::Tcp],
         versions: vec![VERSION],
         ciphers: vec![CipherSuite::Aes256Gcm],
         compressions: vec![CompressionMode::Zstd],

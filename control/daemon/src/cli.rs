@@ -78,13 +78,28 @@ pub struct SecurityArgs {
     pub insecure_plaintext: bool,
 }
 
+/// How lanes over RDMA are used.
+#[derive(Debug, Clone, Args)]
+pub struct RdmaArgs {
+    /// When the RDMA link cannot be made, or is lost before Commit, try once more over this. Give it to both sides.
+    #[arg(long, value_enum, value_name = "tcp")]
+    pub rdma_fallback: Option<Fallback>,
+}
+
+/// `--rdma-fallback`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Fallback {
+    /// TCP on the same host and port.
+    Tcp,
+}
+
 /// `vmferry send`
 #[derive(Debug, Clone, Args)]
 pub struct SendArgs {
     /// The guest to move: qemu:PATH of its QMP socket, kvm:NAME or process:NAME.
     #[arg(long, value_name = "GUEST")]
     pub guest: GuestSpec,
-    /// Where 'vmferry receive' listens: tcp://HOST:PORT.
+    /// Where 'vmferry receive' listens: tcp://HOST:PORT, or rdma://HOST:PORT for lanes over RDMA.
     #[arg(long, value_name = "URI")]
     pub to: Endpoint,
     /// How the move is protected.
@@ -120,6 +135,9 @@ pub struct SendArgs {
     /// Compress pages: off, zstd, or auto (on where a measurement of this link says it pays).
     #[arg(long, value_enum, default_value_t = Compress::Off)]
     pub compress: Compress,
+    /// Lanes over RDMA.
+    #[command(flatten)]
+    pub rdma: RdmaArgs,
     /// Compare a digest of all memory on both sides inside the blackout; the move ends when they differ.
     #[arg(long)]
     pub verify: bool,
@@ -131,7 +149,7 @@ pub struct SendArgs {
 /// `vmferry receive`
 #[derive(Debug, Clone, Args)]
 pub struct ReceiveArgs {
-    /// Address to listen on: tcp://HOST:PORT.
+    /// Address to listen on: tcp://HOST:PORT, or rdma://HOST:PORT of an RDMA card's address.
     #[arg(long, value_name = "URI")]
     pub listen: Endpoint,
     /// The guest that waits for the state: qemu:PATH of its QMP socket (started with -incoming defer), kvm:NAME or process:NAME (started with --incoming).
@@ -143,6 +161,9 @@ pub struct ReceiveArgs {
     /// CPUs that lanes may be pinned to.
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
+    /// Lanes over RDMA.
+    #[command(flatten)]
+    pub rdma: RdmaArgs,
     /// Give up when no move has begun after this time (default: wait for ever).
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub timeout: Option<Duration>,
@@ -234,6 +255,8 @@ mod tests {
             "vmferry send --guest process:a --to tcp://127.0.0.1:7700 --insecure-plaintext --on-no-converge throttle",
             "vmferry microvm --name a --kernel /boot/vmlinuz --initramfs root.cpio --append quiet --ram 128MiB --dirty ring --cpu-features host,-avx2",
             "vmferry microvm --name b --incoming --console none --beat unix:/run/beat",
+            "vmferry receive --listen rdma://192.0.2.7:7700 --guest process:b --tls-dir pki --rdma-fallback tcp",
+            "vmferry send --guest process:a --to rdma:192.0.2.7:7700 --tls-dir pki --rdma-fallback tcp",
             "vmferry demo",
             "vmferry doctor",
         ] {

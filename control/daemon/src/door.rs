@@ -6,7 +6,7 @@
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -14,8 +14,10 @@ use rustls::ServerConfig;
 use vmferry_session::AttemptId;
 
 use crate::channel::{ControlChannel, HANDSHAKE_TIMEOUT, PLAIN_PREAMBLE, Security, notice_silence};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, Transport};
+use crate::fabric;
 use crate::failure::Failure;
+use crate::lanes::LaneWire;
 
 /// Connections that may prove themselves at the same time; further ones are dropped and counted.
 const KNOCKS_MAX: usize = 64;
@@ -64,7 +66,7 @@ pub enum Arrival {
     /// An authenticated (or agreed plain) control connection.
     Control(ControlChannel),
     /// A lane; its keys are proven by its first record.
-    Lane(LaneHello, TcpStream),
+    Lane(LaneHello, LaneWire),
 }
 
 /// The listener and its sorting threads. Dropping it closes the port.
@@ -72,7 +74,9 @@ pub struct Door {
     arrivals: Receiver<Arrival>,
     turned_away: Arc<AtomicU64>,
     address: SocketAddr,
+    transport: Transport,
     listener: TcpListener,
+    closed: Arc<AtomicBool>,
 }
 
 impl Door {
@@ -95,17 +99,27 @@ impl Door {
         let sorter =
             Sorter { security, sender, turned_away: Arc::clone(&turned_away), knocking: Arc::default() };
         let accepting = listener.try_clone().map_err(cannot)?;
+        let closed = Arc::<AtomicBool>::default();
+        if endpoint.transport == Transport::Rdma {
+            let (lanes, sorter, closed) =
+                (fabric::Listener::bind(address)?, sorter.clone(), Arc::clone(&closed));
+            std::thread::Builder::new()
+                .name("rdma door".into())
+                .spawn(move || sorter.take_lanes(&lanes, &closed))
+                .map_err(cannot)?;
+        }
         std::thread::Builder::new()
             .name("door".into())
             .spawn(move || sorter.accept_all(&accepting))
             .map_err(cannot)?;
-        Ok(Self { arrivals, turned_away, address, listener })
+        Ok(Self { arrivals, turned_away, address, transport: endpoint.transport, listener, closed })
     }
 
     /// Where it listens, with the port that was chosen when 0 was asked for.
     #[must_use]
-    pub fn address(&self) -> SocketAddr {
-        self.address
+    pub fn endpoint(&self) -> Endpoint {
+        let (host, port) = (self.address.ip().to_string(), self.address.port());
+        Endpoint { transport: self.transport, host, port }
     }
 
     /// What arrives.
@@ -123,6 +137,7 @@ impl Door {
 
 impl Drop for Door {
     fn drop(&mut self) {
+        self.closed.store(true, Ordering::Release);
         // Wakes the accepting thread: accept on a shut-down listener returns an error.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
@@ -148,6 +163,22 @@ impl Sorter {
                     ) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EMFILE) => std::thread::sleep(CROWDED_SLEEP),
                 Err(_) => return,
+            }
+        }
+    }
+
+    /// Takes lanes over RDMA until the door is closed. A lane is let in at once and proves itself by its first record,
+    /// so none holds up the next.
+    fn take_lanes(&self, listener: &fabric::Listener, closed: &AtomicBool) {
+        let parse = |said: &[u8]| LaneHello::parse(said.first_chunk()?);
+        let turned_away = |why: &str| {
+            self.turned_away.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!("turned away: {why}");
+        };
+        while !closed.load(Ordering::Acquire) {
+            if let Some((hello, lane)) = listener.next(parse, turned_away) {
+                let _ =
+                    self.sender.send_timeout(Arrival::Lane(hello, LaneWire::Rdma(lane)), HANDSHAKE_TIMEOUT);
             }
         }
     }
@@ -221,7 +252,7 @@ impl Sorter {
         stream.read_exact(&mut hello[head.len()..]).map_err(text)?;
         let hello = LaneHello::parse(&hello).ok_or("speaks neither TLS nor vmferry")?;
         stream.set_read_timeout(None).and_then(|()| notice_silence(&stream)).map_err(text)?;
-        Ok(Arrival::Lane(hello, stream))
+        Ok(Arrival::Lane(hello, LaneWire::Tcp(stream)))
     }
 }
 

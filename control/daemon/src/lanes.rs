@@ -1,16 +1,17 @@
 //! Opening the lanes of one attempt: how many, on which CPUs, with which keys.
 
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
-use vmferry_datapath::{LaneEnd, TcpLink};
-use vmferry_session::AttemptId;
+use vmferry_datapath::{LaneEnd, Link, TcpLink};
+use vmferry_session::{Agreement, AttemptId, LaneTransport};
 
 use crate::channel::{ControlChannel, dial};
 use crate::door::LaneHello;
 use crate::endpoint::Endpoint;
+use crate::fabric;
 use crate::failure::Failure;
 use crate::quantity::{CpuList, LaneCount};
 
@@ -65,39 +66,75 @@ pub fn lane_count(asked: LaneCount, cpus: &[usize]) -> u16 {
     }
 }
 
+/// A lane that arrived or was dialled, and is no link yet.
+pub enum LaneWire {
+    /// A TCP connection.
+    Tcp(TcpStream),
+    /// A connected queue pair.
+    Rdma(fabric::Lane),
+}
+
+impl LaneWire {
+    /// Whether this is what was agreed on.
+    #[must_use]
+    pub fn fits(&self, agreed: LaneTransport) -> bool {
+        match self {
+            LaneWire::Tcp(_) => agreed == LaneTransport::Tcp,
+            LaneWire::Rdma(_) => agreed == LaneTransport::RdmaSealed,
+        }
+    }
+
+    fn into_link(self) -> Box<dyn Link> {
+        match self {
+            LaneWire::Tcp(stream) => Box::new(TcpLink::new(stream)),
+            LaneWire::Rdma(lane) => lane.into_link(),
+        }
+    }
+}
+
 /// One lane's link, keys and CPU.
 pub fn lane_end(
     channel: &ControlChannel,
     attempt: &AttemptId,
     lane: u16,
-    stream: TcpStream,
+    wire: LaneWire,
     cpus: &[usize],
 ) -> Result<LaneEnd, Failure> {
-    let link = TcpLink::new(stream);
     let cpu = (!cpus.is_empty()).then(|| cpus[usize::from(lane) % cpus.len()]);
-    Ok(LaneEnd { link: Box::new(link), keys: channel.lane_keys(attempt, lane)?, cpu })
+    Ok(LaneEnd { link: wire.into_link(), keys: channel.lane_keys(attempt, lane)?, cpu })
 }
 
-/// Dials every lane of `attempt` and says hello on each.
+/// Dials every lane of the agreement and says hello on each.
 pub fn open(
     channel: &ControlChannel,
     endpoint: &Endpoint,
-    attempt: &AttemptId,
-    lanes: u16,
+    agreement: &Agreement,
     cpus: &[usize],
 ) -> Result<Vec<LaneEnd>, Failure> {
-    let address = endpoint.resolve()?;
-    (0..lanes)
+    let (address, attempt) = (endpoint.resolve()?, agreement.attempt);
+    (0..agreement.lanes)
         .map(|lane| {
-            let mut stream = dial(address, endpoint)?;
-            let hello = LaneHello { attempt: *attempt, lane };
-            std::io::Write::write_all(&mut stream, &hello.to_bytes())
-                .and_then(|()| stream.set_read_timeout(None))
-                .and_then(|()| stream.set_write_timeout(None))
-                .map_err(|e| {
-                    Failure::Unavailable(format!("lane {lane} to {endpoint} was lost at once: {e}"))
-                })?;
-            lane_end(channel, attempt, lane, stream, cpus)
+            let hello = LaneHello { attempt, lane };
+            let wire = match agreement.transport {
+                LaneTransport::RdmaSealed => {
+                    fabric::Lane::dial(address, &hello.to_bytes()).map(LaneWire::Rdma)?
+                }
+                LaneTransport::Tcp | LaneTransport::RdmaDirect | LaneTransport::Other => {
+                    LaneWire::Tcp(dial_tcp(address, endpoint, &hello)?)
+                }
+            };
+            lane_end(channel, &attempt, lane, wire, cpus)
         })
         .collect()
+}
+
+fn dial_tcp(address: SocketAddr, endpoint: &Endpoint, hello: &LaneHello) -> Result<TcpStream, Failure> {
+    let mut stream = dial(address, endpoint)?;
+    std::io::Write::write_all(&mut stream, &hello.to_bytes())
+        .and_then(|()| stream.set_read_timeout(None))
+        .and_then(|()| stream.set_write_timeout(None))
+        .map_err(|e| {
+            Failure::Unavailable(format!("lane {} to {endpoint} was lost at once: {e}", hello.lane))
+        })?;
+    Ok(stream)
 }

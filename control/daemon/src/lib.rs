@@ -16,6 +16,7 @@ pub mod demo;
 pub mod doctor;
 pub mod door;
 pub mod endpoint;
+pub mod fabric;
 pub mod failure;
 pub mod guardian;
 pub mod hold;

@@ -9,32 +9,32 @@
 mod concierge;
 mod devices;
 mod spool;
+mod terms;
 
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vmferry_datapath::limits::LANES_MAX;
 use vmferry_datapath::{GuestRam, LaneTotals, Meter, Receiver};
 use vmferry_guest::{DeviceFacts, TargetGuest, open_target};
 use vmferry_session::{
-    Agreement, CipherSuite, CompressionMode, FinalTotals, Limits, Message, RunFailure, RunLicence,
-    SessionError, TargetAction, TargetEvent, TargetOutcome, TargetSession, TargetTerms, TargetWork, VERSIONS,
-    VacantToken,
+    Agreement, FinalTotals, Limits, Message, RunFailure, RunLicence, SessionError, TargetAction, TargetEvent,
+    TargetOutcome, TargetSession, TargetWork, VacantToken,
 };
 
 use crate::blame;
 use crate::channel::Security;
-use crate::cli::ReceiveArgs;
+use crate::cli::{Fallback, ReceiveArgs};
 use crate::door::Door;
+use crate::endpoint::{Endpoint, Transport};
+use crate::fabric;
 use crate::failure::Failure;
 use crate::hold::Hold;
 use crate::interrupt;
 use crate::keys;
-use crate::lanes::{self, LANES_TIMEOUT, PinFrom};
+use crate::lanes::{self, LANES_TIMEOUT, LaneWire, PinFrom};
 use crate::pilot::{Machine, Pilot};
 use crate::report::{MoveReport, PhaseReport, cpu_seconds, own_memory_bytes};
-use crate::send::{cipher, facts};
+use crate::send::cipher;
 use concierge::{LaneArrivals, Line};
 use devices::{DeviceLoaders, LoadedDevice};
 use spool::Spool;
@@ -46,8 +46,22 @@ const LANE_WATCH: Duration = Duration::from_millis(20);
 
 /// Waits for a guest. The report is filled in whatever happens.
 pub fn receive(args: &ReceiveArgs) -> (MoveReport, Result<(), Failure>) {
+    let mut listen = args.listen.clone();
+    let done = receive_once(args, &mut listen);
+    let lost = matches!(done.1, Err(Failure::Unavailable(_)));
+    match (&done.1, args.rdma.rdma_fallback) {
+        (Err(why), Some(Fallback::Tcp)) if lost && listen.transport == Transport::Rdma => {
+            eprintln!("vmferry: {why}; waiting once more, as --rdma-fallback says");
+            receive_once(args, &mut listen)
+        }
+        _ => done,
+    }
+}
+
+/// Waits at `listen`, which names the port afterwards also where it named none.
+fn receive_once(args: &ReceiveArgs, listen: &mut Endpoint) -> (MoveReport, Result<(), Failure>) {
     let mut report = MoveReport::default();
-    let result = Reception::begin(args).and_then(|reception| reception.run(&mut report));
+    let result = Reception::begin(args, listen).and_then(|reception| reception.run(&mut report));
     report.conclude(&result);
     (report, result)
 }
@@ -98,7 +112,7 @@ struct Reception<'a> {
 }
 
 impl<'a> Reception<'a> {
-    fn begin(args: &'a ReceiveArgs) -> Result<Self, Failure> {
+    fn begin(args: &'a ReceiveArgs, listen: &mut Endpoint) -> Result<Self, Failure> {
         let guest = open_target(&args.guest).map_err(|e| blame::refused_guest(&e))?;
         DeviceFacts::refuse_unmovable(guest.devices()).map_err(|e| blame::refused_guest(&e))?;
         let security = match &args.security.tls_dir {
@@ -108,22 +122,15 @@ impl<'a> Reception<'a> {
         let cpus = lanes::lane_cpus(args.cpus.as_ref(), PinFrom::High)?;
         let ram = guest.ram();
         let limits = Limits::for_move(None, ram.layout().total_bytes().0, true);
-        let ciphers = vec![if args.security.insecure_plaintext {
-            CipherSuite::Plaintext
-        } else {
-            CipherSuite::Aes256Gcm
-        }];
-        let terms = TargetTerms {
-            versions: VERSIONS.to_vec(),
-            ciphers,
-            compressions: vec![CompressionMode::Zstd, CompressionMode::Off],
-            lanes_max: u16::try_from(LANES_MAX).unwrap_or(u16::MAX),
-            guest: facts(guest.description(), guest.devices()),
-        };
+        if listen.transport == Transport::Rdma {
+            fabric::check_memlock(terms::lanes_max(), false)?;
+        }
+        let terms = terms::terms(args, guest.as_ref());
         let began = clock();
         let session = TargetSession::listen(VacantToken::claim(), terms, limits, Duration::ZERO);
         let pilot = Pilot::new(session, Vec::new(), began);
-        let door = Door::open(&args.listen, security)?;
+        let door = Door::open(listen, security)?;
+        *listen = door.endpoint();
         let (line, lane_arrivals) = concierge::start(&door, &pilot.post())?;
         Ok(Self {
             args,
@@ -153,7 +160,7 @@ impl<'a> Reception<'a> {
         let post = self.pilot.post();
         let interrupts = interrupt::forward(move || post.send(TargetEvent::Cancel).is_ok())
             .map_err(|e| Failure::Bug(format!("signals could not be caught: {e}")))?;
-        eprintln!("vmferry: waiting for a guest on tcp://{}", self.door.address());
+        eprintln!("vmferry: waiting for a guest on {}", self.door.endpoint());
         self.watch_clock();
         while let Some(action) = self.next_action() {
             self.act(action);
@@ -266,13 +273,14 @@ impl<'a> Reception<'a> {
     }
 
     /// Waits until every lane of the attempt has arrived.
-    fn gather(&mut self, agreement: &Agreement) -> Result<Vec<TcpStream>, SessionError> {
+    fn gather(&mut self, agreement: &Agreement) -> Result<Vec<LaneWire>, SessionError> {
         let until = self.pilot.now() + LANES_TIMEOUT;
-        let mut streams: Vec<Option<TcpStream>> = (0..agreement.lanes).map(|_| None).collect();
+        let mut streams: Vec<Option<LaneWire>> = (0..agreement.lanes).map(|_| None).collect();
         while streams.iter().any(Option::is_none) {
-            if let Ok((hello, stream)) = self.lane_arrivals.recv_timeout(GATHER_STEP) {
+            if let Ok((hello, wire)) = self.lane_arrivals.recv_timeout(GATHER_STEP) {
+                let awaited = hello.attempt == agreement.attempt && wire.fits(agreement.transport);
                 match streams.get_mut(usize::from(hello.lane)) {
-                    Some(place @ None) if hello.attempt == agreement.attempt => *place = Some(stream),
+                    Some(place @ None) if awaited => *place = Some(wire),
                     // The first one holds the place: a second hello for it is not the source's.
                     _ => tracing::warn!(lane = hello.lane, "a lane that is not awaited was dropped"),
                 }

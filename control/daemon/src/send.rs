@@ -8,6 +8,7 @@
 //! What must never happen: an end of this process, by any way, that leaves a guest paused that is still this host's.
 //! Every way out goes through the machine's `Resume`, and a death goes through the guardian.
 
+mod again;
 mod auto_compress;
 mod devices;
 mod hands;
@@ -29,6 +30,8 @@ use vmferry_session::{
 use crate::blame;
 use crate::channel::{ChannelEvent, ControlChannel, Security};
 use crate::cli::{Compress, SendArgs};
+use crate::endpoint::Transport;
+use crate::fabric;
 use crate::failure::Failure;
 use crate::guardian::Guardian;
 use crate::hold::Hold;
@@ -54,6 +57,14 @@ const IDLE: Duration = Duration::from_secs(1);
 
 /// Moves a guest. The report is filled in whatever happens.
 pub fn send(args: &SendArgs) -> (MoveReport, Result<(), Failure>) {
+    let done = send_once(args);
+    match again::instead(args, &done.1) {
+        Some(args) => again::patiently(|| send_once(&args)),
+        None => done,
+    }
+}
+
+fn send_once(args: &SendArgs) -> (MoveReport, Result<(), Failure>) {
     let mut report = MoveReport::default();
     let result = Move::begin(args).and_then(|moving| moving.run(&mut report));
     report.conclude(&result);
@@ -136,9 +147,13 @@ impl<'a> Move<'a> {
             None => Security::InsecurePlaintext,
         };
         let cpus = lanes::lane_cpus(args.cpus.as_ref(), PinFrom::Low)?;
+        let lanes = lanes::lane_count(args.lanes, &cpus);
+        if args.to.transport == Transport::Rdma {
+            fabric::check_memlock(lanes, true)?;
+        }
         let attempt = new_attempt()?;
         DeviceFacts::refuse_unmovable(guest.devices()).map_err(|e| blame::refused_guest(&e))?;
-        let offer = offer(args, attempt, lanes::lane_count(args.lanes, &cpus), guest.as_ref());
+        let offer = offer(args, attempt, lanes, guest.as_ref());
         let name = args.tls_hostname.as_ref().unwrap_or(&args.to.host);
         let channel = ControlChannel::connect(&args.to, name, &security)?;
         let guardian = Guardian::start(&args.guest)?;
@@ -264,7 +279,7 @@ impl<'a> Move<'a> {
 
     fn open_lanes(&mut self, agreement: Agreement) {
         self.agreement = Some(agreement);
-        let opened = lanes::open(&self.channel, &self.args.to, &self.attempt, agreement.lanes, &self.cpus)
+        let opened = lanes::open(&self.channel, &self.args.to, &agreement, &self.cpus)
             .map_err(|failure| SessionError::LinkLost(failure.to_string()))
             .and_then(|ends| {
                 let plan = SendPlan {

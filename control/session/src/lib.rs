@@ -65,6 +65,7 @@ mod source_session;
 pub mod target;
 mod target_session;
 pub mod token;
+mod transport;
 
 pub use codec::{BUFFER_BYTES_MAX, CodecError, Decoder, MESSAGE_BYTES_MAX, encode};
 pub use converge::{Converge, ConvergePlan, Decision, LastReport, Next, OnNoConverge, RoundReport};
@@ -90,3 +91,4 @@ pub use target_session::TargetSession;
 pub use token::{
     LoadedToken, PausedToken, ProofOfRefusal, RunLicence, RunningToken, SealedToken, VacantToken,
 };
+pub use transport::LaneTransport;

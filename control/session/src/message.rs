@@ -27,6 +27,7 @@ use vmferry_datapath::RamLayout;
 use crate::devices::DeviceTimes;
 use crate::error::AbortReason;
 use crate::negotiate::{Agreement, CipherSuite, CompressionMode};
+use crate::transport::{LaneTransport, is_only_tcp, only_tcp};
 
 /// The most facts a guest may state about itself.
 pub const FACTS_MAX: usize = 64;
@@ -120,6 +121,9 @@ pub struct Offer {
     pub compressions: Vec<CompressionMode>,
     /// Lanes that it would open.
     pub lanes: u16,
+    /// What they would travel over, best first.
+    #[serde(default = "only_tcp", skip_serializing_if = "is_only_tcp")]
+    pub transports: Vec<LaneTransport>,
     /// Whether a digest of all memory is compared in the blackout.
     pub verify: bool,
     /// The guest.
@@ -258,7 +262,8 @@ impl Message {
 
 impl Offer {
     fn check_caps(&self) -> Result<(), TooLong> {
-        let choices = [self.versions.len(), self.ciphers.len(), self.compressions.len()];
+        let choices =
+            [self.versions.len(), self.ciphers.len(), self.compressions.len(), self.transports.len()];
         if choices.iter().any(|&count| count > CHOICES_MAX) {
             return Err(TooLong("a list of choices"));
         }

@@ -10,6 +10,7 @@ use vmferry_datapath::{RamBlock, RamLayout};
 use crate::devices::{device_names, misfit};
 use crate::error::{AbortKind, AbortReason, SessionError};
 use crate::message::{AttemptId, GuestFacts, Offer};
+use crate::transport::{self, LaneTransport};
 
 /// The newest protocol version of this build.
 pub const VERSION: u16 = 2;
@@ -60,6 +61,8 @@ pub struct TargetTerms {
     pub compressions: Vec<CompressionMode>,
     /// Lanes that it takes at most.
     pub lanes_max: u16,
+    /// What it takes lanes over.
+    pub transports: Vec<LaneTransport>,
     /// The empty guest that waits.
     pub guest: GuestFacts,
 }
@@ -80,6 +83,9 @@ pub struct Agreement {
     pub lanes: u16,
     /// Whether digests are compared.
     pub verify: bool,
+    /// What the lanes travel over.
+    #[serde(default, skip_serializing_if = "LaneTransport::is_tcp")]
+    pub transport: LaneTransport,
 }
 
 /// What a source offers for its guest: an older target may take one without devices.
@@ -97,7 +103,9 @@ pub fn negotiate(offer: &Offer, terms: &TargetTerms) -> Result<Agreement, AbortR
     if lanes == 0 {
         return Err(refuse("the source offered no lane; give --lanes 1 or more there"));
     }
-    let known = |mode: &&CompressionMode| **mode != CompressionMode::Other;
+    let transport = transport::first_common(&offer.transports, &terms.transports)?;
+    // What is written straight into the guest cannot be packed first.
+    let known = |mode: &&CompressionMode| **mode != CompressionMode::Other && !transport.is_direct();
     let common = offer.compressions.iter().filter(known).find(|&mode| terms.compressions.contains(mode));
     Ok(Agreement {
         attempt: offer.attempt,
@@ -106,6 +114,7 @@ pub fn negotiate(offer: &Offer, terms: &TargetTerms) -> Result<Agreement, AbortR
         compression: common.copied().unwrap_or(CompressionMode::Off),
         lanes,
         verify: offer.verify,
+        transport,
     })
 }
 
@@ -121,6 +130,11 @@ pub fn check_answer(offer: &Offer, answer: &Agreement) -> Result<(), SessionErro
         (
             answer.lanes == 0 || answer.lanes > offer.lanes.min(LANES_MAX),
             "its answer names more lanes than offered, or none",
+        ),
+        (!offer.transports.contains(&answer.transport), "its answer names lanes that were not offered"),
+        (
+            answer.transport.is_direct() && answer.compression != CompressionMode::Off,
+            "its answer packs pages that are written straight into the guest",
         ),
         (answer.verify != offer.verify, "its answer changes whether memory is verified"),
     ];
@@ -282,6 +296,7 @@ mod tests {
 
     fn offer() -> Offer {
         Offer {
+            transports: vec![LaneTransport::Tcp],
             attempt: AttemptId::from_bytes([1; 16]),
             versions: vec![1, 2],
             ciphers: vec![CipherSuite::Aes256Gcm],
@@ -294,6 +309,7 @@ mod tests {
 
     fn terms() -> TargetTerms {
         TargetTerms {
+            transports: vec![LaneTransport::Tcp],
             versions: vec![1, 2, 3],
             ciphers: vec![CipherSuite::Aes256Gcm],
             compressions: vec![CompressionMode::Off, CompressionMode::Zstd],

@@ -22,6 +22,7 @@ fn messages() -> Vec<Message> {
         layout: RamLayout::new(vec![block("m0", 4096), block("m1", 2 << 20)]).unwrap(),
     };
     let offer = Offer {
+        transports: vec![LaneTransport::Tcp],
         attempt,
         versions: vec![1],
         ciphers: vec![CipherSuite::Aes256Gcm, CipherSuite::Plaintext],
@@ -31,6 +32,7 @@ fn messages() -> Vec<Message> {
         guest,
     };
     let agreement = Agreement {
+        transport: LaneTransport::Tcp,
         attempt,
         version: 1,
         cipher: CipherSuite::Aes256Gcm,

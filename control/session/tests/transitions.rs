@@ -32,6 +32,7 @@ fn guest() -> GuestFacts {
 
 fn offer() -> Offer {
     Offer {
+        transports: vec![LaneTransport::Tcp],
         attempt: ATTEMPT,
         versions: vec![VERSION],
         ciphers: vec![CipherSuite::Aes256Gcm],
@@ -44,6 +45,7 @@ fn offer() -> Offer {
 
 fn terms() -> TargetTerms {
     TargetTerms {
+        transports: vec![LaneTransport::Tcp],
         versions: vec![VERSION],
         ciphers: vec![CipherSuite::Aes256Gcm],
         compressions: vec![],

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use vmferry_datapath::{PageCount, RamBlock, RamLayout};
 use vmferry_session::{
-    AttemptId, CipherSuite, ConvergePlan, Decoder, GuestFacts, History, Limits, Message, Offer, OnNoConverge,
-    Predictor, Priors, RoundReport, RunningToken, SessionError, SourceAction, SourceEvent, SourceOutcome,
-    SourcePlan, SourceSession, VERSION,
+    AttemptId, CipherSuite, ConvergePlan, Decoder, GuestFacts, History, LaneTransport, Limits, Message,
+    Offer, OnNoConverge, Predictor, Priors, RoundReport, RunningToken, SessionError, SourceAction,
+    SourceEvent, SourceOutcome, SourcePlan, SourceSession, VERSION,
 };
 
 use super::fake_guest::PAGES;
@@ -103,6 +103,7 @@ impl SourceHost {
         self.connection = Some(Network::connect(common));
         let limits = Limits { whole: common.story.timeout, ..Limits::DEFAULT };
         let offer = Offer {
+            transports: vec![LaneTransport::Tcp],
             attempt: ATTEMPT,
             versions: vec![VERSION],
             ciphers: vec![CipherSuite::Aes256Gcm],

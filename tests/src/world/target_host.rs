@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use vmferry_session::{
-    AbortReason, CipherSuite, Decoder, DeviceTimes, FinalTotals, Limits, Message, RunFailure, RunLicence,
-    SessionError, TargetAction, TargetEvent, TargetOutcome, TargetSession, TargetTerms, TargetWork, VERSION,
-    VacantToken,
+    AbortReason, CipherSuite, Decoder, DeviceTimes, FinalTotals, LaneTransport, Limits, Message, RunFailure,
+    RunLicence, SessionError, TargetAction, TargetEvent, TargetOutcome, TargetSession, TargetTerms,
+    TargetWork, VERSION, VacantToken,
 };
 
 use super::network::{Brought, ConnectionId, Delivery, Record};
@@ -85,6 +85,7 @@ fn refused() -> SessionError {
 
 fn listen(now: Duration) -> TargetSession {
     let terms = TargetTerms {
+        transports: vec![LaneTransport::Tcp],
         versions: vec![VERSION],
         ciphers: vec![CipherSuite::Aes256Gcm],
         compressions: vec![],

@@ -9,7 +9,6 @@
 //!
 //! What must never happen: a stranger who takes the line away from the source of the move.
 
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -19,6 +18,7 @@ use vmferry_session::{AbortReason, AttemptId, LANES_MAX, Message, TargetEvent};
 use crate::channel::{ChannelEvent, ControlChannel};
 use crate::door::{Arrival, Door, LaneHello};
 use crate::failure::Failure;
+use crate::lanes::LaneWire;
 
 /// The line to the source: its newest control connection, and the attempt that it belongs to.
 #[derive(Clone)]
@@ -32,7 +32,7 @@ struct Held {
 }
 
 /// The lanes that have arrived.
-pub(super) type LaneArrivals = Receiver<(LaneHello, TcpStream)>;
+pub(super) type LaneArrivals = Receiver<(LaneHello, LaneWire)>;
 
 impl Line {
     fn new() -> Self {

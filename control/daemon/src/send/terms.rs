@@ -3,13 +3,14 @@
 use vmferry_datapath::{ByteLen, Cipher, fastest_provider};
 use vmferry_guest::{Description, DeviceFacts, SourceGuest};
 use vmferry_session::{
-    AttemptId, CipherSuite, CompressionMode, ConvergePlan, DeviceIdentity, GuestFacts, Limits, Offer,
-    OnNoConverge, Predictor, Priors, SaveOrder, SourcePlan, device_facts, versions_for,
+    AttemptId, CipherSuite, CompressionMode, ConvergePlan, DeviceIdentity, GuestFacts, LaneTransport, Limits,
+    Offer, OnNoConverge, Predictor, Priors, SaveOrder, SourcePlan, device_facts, versions_for,
 };
 
 use super::hands::SourceHands;
 use super::history::HistoryFile;
-use crate::cli::{Compress, NoConverge, SendArgs};
+use crate::cli::{Compress, Fallback, NoConverge, SendArgs};
+use crate::endpoint::Transport;
 use crate::failure::Failure;
 
 pub(super) fn offer(args: &SendArgs, attempt: AttemptId, lanes: u16, guest: &dyn SourceGuest) -> Offer {
@@ -20,7 +21,15 @@ pub(super) fn offer(args: &SendArgs, attempt: AttemptId, lanes: u16, guest: &dyn
         Compress::Off => vec![CompressionMode::Off],
     };
     let guest = facts(guest.description(), guest.devices());
+    let mut transports = match args.to.transport {
+        Transport::Tcp => vec![LaneTransport::Tcp],
+        Transport::Rdma => vec![LaneTransport::RdmaSealed],
+    };
+    if args.rdma.rdma_fallback == Some(Fallback::Tcp) && !transports.contains(&LaneTransport::Tcp) {
+        transports.push(LaneTransport::Tcp);
+    }
     Offer {
+        transports,
         attempt,
         versions: versions_for(&guest),
         ciphers: vec![cipher],

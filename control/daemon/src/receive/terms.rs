@@ -1,0 +1,33 @@
+//! What a waiting target brings to the table.
+
+use vmferry_datapath::limits::LANES_MAX;
+use vmferry_guest::TargetGuest;
+use vmferry_session::{CipherSuite, CompressionMode, LaneTransport, TargetTerms, VERSIONS};
+
+use crate::cli::ReceiveArgs;
+use crate::endpoint::Transport;
+use crate::send::facts;
+
+/// Lanes that are taken at most.
+pub(super) fn lanes_max() -> u16 {
+    u16::try_from(LANES_MAX).unwrap_or(u16::MAX)
+}
+
+/// The terms of this wait.
+pub(super) fn terms(args: &ReceiveArgs, guest: &dyn TargetGuest) -> TargetTerms {
+    let cipher =
+        if args.security.insecure_plaintext { CipherSuite::Plaintext } else { CipherSuite::Aes256Gcm };
+    // The door takes lanes over TCP in any case: a source that falls back finds it open.
+    let transports = match args.listen.transport {
+        Transport::Tcp => vec![LaneTransport::Tcp],
+        Transport::Rdma => vec![LaneTransport::RdmaSealed, LaneTransport::Tcp],
+    };
+    TargetTerms {
+        versions: VERSIONS.to_vec(),
+        ciphers: vec![cipher],
+        compressions: vec![CompressionMode::Zstd, CompressionMode::Off],
+        lanes_max: lanes_max(),
+        transports,
+        guest: facts(guest.description(), guest.devices()),
+    }
+}

@@ -1,0 +1,162 @@
+//! Whole moves over RDMA in the lab: `rdma://` through the command line, cut in every phase, and tried again over TCP.
+#![expect(clippy::unwrap_used, reason = "what a test's helper cannot have fails the test")]
+
+use std::process::Command;
+
+use nix::sys::signal::Signal;
+use vmferry_guest::process::Phase;
+use vmferry_tests::command::{Done, Pki, Running, send};
+use vmferry_tests::workload::Workload;
+
+/// The card at the far end of the lab's cable.
+const FAR: &str = "10.77.0.2";
+const RAM: &str = "8MiB";
+const PLAN: &str = "seed=7,set=256,pattern=random,rate=1MiB,zero=200";
+/// Everything is emulated here, so no move fits the usual limit.
+const FORCE: &[&str] = &["--on-no-converge", "force"];
+
+/// Loses every packet of the cable until it is dropped: those of the card, and those of the control channel.
+struct Cut;
+
+impl Cut {
+    fn now() -> Cut {
+        ["ve0", "ve1"].iter().for_each(|end| tc(&["add", "dev", end, "root", "netem", "loss", "100%"]));
+        Cut
+    }
+}
+
+impl Drop for Cut {
+    fn drop(&mut self) {
+        ["ve0", "ve1"].iter().for_each(|end| tc(&["del", "dev", end, "root"]));
+    }
+}
+
+fn tc(words: &[&str]) {
+    assert!(Command::new("/sbin/tc").arg("qdisc").args(words).status().unwrap().success(), "{words:?}");
+}
+
+fn receive(guest: &str, more: &[&str], hold: &str) -> (Running, String) {
+    let listen = format!("rdma://{FAR}:0");
+    let mut words = vec!["receive", "--listen", &listen, "--guest", guest, "--json"];
+    words.extend(more);
+    let mut running = Running::start(&words, hold);
+    let line = running.wait_line("waiting for a guest on");
+    let address = line.split(' ').next_back().unwrap_or_default().to_owned();
+    assert!(address.starts_with("rdma://"), "{line}");
+    (running, address)
+}
+
+fn tls(pki: &Pki) -> Vec<&str> {
+    vec!["--tls-dir", pki.path().to_str().unwrap()]
+}
+
+fn assert_moved(sent: &Done, received: &Done, target: &Workload) {
+    assert_eq!((sent.code(), received.code()), (0, 0), "send: {}\nreceive: {}", sent.stderr, received.stderr);
+    target.wait_phase(Phase::Running);
+    target.assert_memory_is_right();
+}
+
+fn assert_runs_on(source: &Workload) {
+    source.wait_phase(Phase::Running);
+    source.assert_memory_is_right();
+}
+
+#[test]
+fn a_sealed_move_takes_every_page_along() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
+    let (receiving, address) = receive(&target.spec(), &tls(&pki), "");
+    let words = [&tls(&pki), FORCE, &["--verify", "--lanes", "2"]].concat();
+    let sent = send(&source.spec(), &address, &words, "").done();
+    assert_moved(&sent, &receiving.done(), &target);
+    assert_eq!(sent.report["verified"], true);
+    assert!(sent.report["cipher"].as_str().unwrap().starts_with("aes-256-gcm"), "{}", sent.report);
+    println!("lab: sealed over rdma: blackout {} ms", sent.report["blackout_ms"]);
+}
+
+/// Cuts the cable while the source holds in each of these phases.
+fn cut_in(phases: &[&str]) {
+    let pki = Pki::new(FAR);
+    let source = Workload::run(RAM, PLAN);
+    for phase in phases {
+        let target = Workload::incoming(RAM);
+        let (receiving, address) = receive(&target.spec(), &tls(&pki), "");
+        let words = [&tls(&pki), FORCE].concat();
+        let mut sending = send(&source.spec(), &address, &words, &format!("send:{phase}:300"));
+        sending.wait_line("holding at");
+        let cut = Cut::now();
+        let sent = sending.done();
+        drop(cut);
+        if *phase == "seal" && sent.code() == 3 {
+            return;
+        }
+        println!("lab: cut in {phase}: {}", sent.sentence());
+        assert_eq!(sent.code(), 69, "{phase}: {}", sent.stderr);
+        drop(receiving);
+        assert_runs_on(&source);
+    }
+}
+
+#[test]
+fn a_cut_before_the_blackout_leaves_the_source_running() {
+    cut_in(&["negotiate", "prepare", "copy"]);
+}
+
+#[test]
+fn a_cut_in_the_blackout_leaves_the_source_running() {
+    cut_in(&["pause", "last-round", "close-lanes"]);
+}
+
+#[test]
+fn a_cut_around_the_seal_leaves_the_source_running_or_in_doubt() {
+    cut_in(&["target-load", "seal"]);
+}
+
+#[test]
+fn a_killed_receiver_leaves_the_source_running() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
+    let (mut receiving, address) = receive(&target.spec(), &tls(&pki), "receive:receive:5000");
+    let sending = send(&source.spec(), &address, &[&tls(&pki), FORCE].concat(), "");
+    receiving.wait_line("holding at");
+    receiving.signal(Signal::SIGKILL);
+    let sent = sending.done();
+    assert_eq!(sent.code(), 69, "{}", sent.stderr);
+    assert_runs_on(&source);
+}
+
+#[test]
+fn a_lost_rdma_link_is_tried_again_over_tcp_when_told_so() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
+    let fallback = &["--rdma-fallback", "tcp"];
+    let (receiving, address) = receive(&target.spec(), &[&tls(&pki), &fallback[..]].concat(), "");
+    let words = [&tls(&pki), FORCE, fallback].concat();
+    let mut sending = send(&source.spec(), &address, &words, "send:copy:300");
+    sending.wait_line("holding at");
+    let cut = Cut::now();
+    sending.wait_line("trying again over tcp");
+    drop(cut);
+    assert_moved(&sending.done(), &receiving.done(), &target);
+}
+
+#[test]
+fn a_target_without_rdma_is_refused_in_a_sentence_or_reached_over_tcp_when_told_so() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
+    let listen = format!("tcp://{FAR}:0");
+    let mut words = vec!["receive", "--listen", &listen, "--guest"];
+    let spec = target.spec();
+    words.extend([spec.as_str(), "--json"]);
+    words.extend(tls(&pki));
+    let mut receiving = Running::start(&words, "");
+    let line = receiving.wait_line("waiting for a guest on");
+    let address = line.split(' ').next_back().unwrap().replace("tcp://", "rdma://");
+    let refused = send(&source.spec(), &address, &[&tls(&pki), FORCE].concat(), "").done();
+    assert_eq!(refused.code(), 78, "{}", refused.stderr);
+    assert!(refused.sentence().contains("--listen rdma://"), "{}", refused.stderr);
+    assert_runs_on(&source);
+    let words = [&tls(&pki), FORCE, &["--rdma-fallback", "tcp"]].concat();
+    let sent = send(&source.spec(), &address, &words, "").done();
+    assert_moved(&sent, &receiving.done(), &target);
+}
