@@ -51,7 +51,8 @@ pub fn receive(args: &ReceiveArgs) -> (MoveReport, Result<(), Failure>) {
     let lost = matches!(done.1, Err(Failure::Unavailable(_)));
     match (&done.1, args.rdma.rdma_fallback) {
         (Err(why), Some(Fallback::Tcp)) if lost && listen.transport == Transport::Rdma => {
-            eprintln!("vmferry: {why}; waiting once more, as --rdma-fallback says");
+            eprintln!("vmferry: {why}; waiting once more, over tcp, as --rdma-fallback says");
+            listen.transport = Transport::Tcp;
             receive_once(args, &mut listen)
         }
         _ => done,
