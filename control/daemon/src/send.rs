@@ -13,6 +13,7 @@ mod auto_compress;
 mod devices;
 mod hands;
 mod history;
+mod input;
 mod io_horizon;
 mod narrator;
 mod terms;
@@ -22,9 +23,8 @@ use std::time::{Duration, Instant};
 use vmferry_datapath::{Compression, SendPlan, Sender};
 use vmferry_guest::{DeviceFacts, open_source};
 use vmferry_session::{
-    Agreement, AttemptId, CompressionMode, DeviceDrain, DeviceReport, FinalTotals, LaneTally, LastReport,
-    Message, PausedToken, RoundReport, RunningToken, SealedToken, SessionError, SourceAction, SourceEvent,
-    SourceOutcome, SourceSession, Work,
+    Agreement, AttemptId, CompressionMode, FinalTotals, LaneTally, Message, PausedToken, RunningToken,
+    SealedToken, SessionError, SourceAction, SourceEvent, SourceOutcome, SourceSession, Work,
 };
 
 use crate::blame;
@@ -38,7 +38,7 @@ use crate::hold::Hold;
 use crate::interrupt;
 use crate::keys;
 use crate::lanes::{self, PinFrom};
-use crate::pilot::{Machine, Pilot};
+use crate::pilot::Pilot;
 use crate::report::MoveReport;
 use auto_compress::AutoCompress;
 use hands::{SourceHands, Stopped};
@@ -46,6 +46,7 @@ use history::HistoryFile;
 use narrator::{Narrator, device_lines};
 use terms::{new_attempt, offer, plan};
 
+pub use input::Input;
 pub(crate) use narrator::fill_lanes;
 pub use terms::{cipher, facts};
 
@@ -69,51 +70,6 @@ fn send_once(args: &SendArgs) -> (MoveReport, Result<(), Failure>) {
     let result = Move::begin(args).and_then(|moving| moving.run(&mut report));
     report.conclude(&result);
     (report, result)
-}
-
-/// What the source's session is fed with.
-#[derive(Debug)]
-pub enum Input {
-    /// Anything that happened.
-    Event(SourceEvent),
-    /// The answer to `CopyRound`, and what the devices would add.
-    Round(RoundReport, Vec<DeviceReport>),
-    /// The answer to `SendLast`.
-    Last(LastReport),
-    /// The answer to `SaveState`, and how long it took; what left of the devices' states, and how much longer that took.
-    Saved(Duration, Vec<DeviceDrain>, Duration),
-}
-
-impl Machine for SourceSession {
-    type Event = Input;
-    type Action = SourceAction;
-
-    fn handle(&mut self, event: Input, now: Duration) -> Vec<SourceAction> {
-        match event {
-            Input::Event(event) => SourceSession::handle(self, event, now),
-            Input::Round(report, devices) => {
-                self.devices_seen(&devices);
-                self.round_done(&report, now)
-            }
-            Input::Last(report) => self.last_sent(&report, now),
-            Input::Saved(took, devices, longer) => {
-                self.devices_drained(devices, longer);
-                self.state_saved(took, now)
-            }
-        }
-    }
-
-    fn deadline(&self) -> Option<Duration> {
-        SourceSession::deadline(self)
-    }
-
-    fn tick() -> Input {
-        Input::Event(SourceEvent::Tick)
-    }
-
-    fn interrupts(action: &SourceAction) -> bool {
-        matches!(action, SourceAction::Interrupt)
-    }
 }
 
 /// One move, from the source's side.
