@@ -24,6 +24,8 @@ pub fn lane_error(error: &DataError) -> SessionError {
 pub fn guest_error(error: &GuestError) -> SessionError {
     match error {
         GuestError::Bug(text) => SessionError::Bug(text.clone()),
+        GuestError::Unresponsive(text) => SessionError::GuestUnresponsive(text.clone()),
+        GuestError::Cancelled => SessionError::Cancelled,
         GuestError::UserMistake(_)
         | GuestError::HostRefused { .. }
         | GuestError::GuestMisbehaved(_)
@@ -47,9 +49,10 @@ pub fn refused_guest(error: &GuestError) -> Failure {
 pub fn ended(error: &SessionError, where_it_is: &str) -> Failure {
     let text = format!("{}; {where_it_is}", error.to_string().trim_end_matches('.'));
     match error {
-        SessionError::Cancelled | SessionError::TimedOut { .. } | SessionError::NotConverging(_) => {
-            Failure::Cancelled(text)
-        }
+        SessionError::Cancelled
+        | SessionError::TimedOut { .. }
+        | SessionError::NotConverging(_)
+        | SessionError::GuestUnresponsive(_) => Failure::Cancelled(text),
         SessionError::Incompatible(_) => Failure::Refused(text),
         SessionError::PeerMisbehaved(_) | SessionError::MemoryDiffers => Failure::PeerMisbehaved(text),
         SessionError::PeerEnded(reason) => match reason.kind() {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vmferry_guest::GuestSpec;
+use vmferry_guest::failover::DeviceOptions;
 
 use crate::endpoint::Endpoint;
 use crate::quantity::{Bandwidth, CpuList, LaneCount};
@@ -141,9 +142,47 @@ pub struct SendArgs {
     /// Compare a digest of all memory on both sides inside the blackout; the move ends when they differ.
     #[arg(long)]
     pub verify: bool,
+    /// What happens to devices that cannot migrate.
+    #[command(flatten)]
+    pub failover: FailoverArgs,
     /// One JSON object as the last line of stdout.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Devices that cannot migrate: they leave before the first page and come back on the target, or here when the move fails.
+#[derive(Debug, Clone, Args)]
+pub struct FailoverArgs {
+    /// Ask the guest for the primaries of net_failover pairs (virtio-net-pci failover=on), or refuse a guest that has one.
+    #[arg(long, value_enum, default_value_t = Failover::Auto)]
+    pub failover: Failover,
+    /// Plug a virtio NIC for a device that has no standby, as QEMU's -device: virtio-net-pci,for=ID,id=…,netdev=…,bus=…
+    #[arg(long = "failover-standby", value_name = "DEVICE")]
+    pub standbys: Vec<DeviceOptions>,
+    /// How long the guest may take to give a device up; it is asked four times.
+    #[arg(long, value_name = "TIME", default_value = "20s", value_parser = humantime::parse_duration)]
+    pub unplug_timeout: Duration,
+    /// What to do then: abort the move, or wait until it is cancelled or --timeout is over.
+    #[arg(long, value_enum, default_value_t = UnplugTimeout::Abort)]
+    pub on_unplug_timeout: UnplugTimeout,
+}
+
+/// `--failover`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Failover {
+    /// Primaries are unplugged for the move.
+    Auto,
+    /// A guest with a primary is refused.
+    Off,
+}
+
+/// `--on-unplug-timeout`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum UnplugTimeout {
+    /// Stop, undo what was done; the source runs on.
+    Abort,
+    /// Ask again and again, as QEMU does in its state wait-unplug.
+    Wait,
 }
 
 /// `vmferry receive`
@@ -164,6 +203,9 @@ pub struct ReceiveArgs {
     /// Lanes over RDMA.
     #[command(flatten)]
     pub rdma: RdmaArgs,
+    /// This host's primary for the guest's standby, as QEMU's -device: vfio-pci,host=0000:01:10.0,id=vf0[,failover_pair_id=net0]
+    #[arg(long = "failover-primary", value_name = "DEVICE")]
+    pub primaries: Vec<DeviceOptions>,
     /// Give up when no move has begun after this time (default: wait for ever).
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub timeout: Option<Duration>,
@@ -257,6 +299,8 @@ mod tests {
             "vmferry microvm --name b --incoming --console none --beat unix:/run/beat",
             "vmferry receive --listen rdma://192.0.2.7:7700 --guest process:b --tls-dir pki --rdma-fallback tcp",
             "vmferry send --guest process:a --to rdma:192.0.2.7:7700 --tls-dir pki --rdma-fallback tcp",
+            "vmferry send --guest qemu:/run/a.qmp --to tcp://127.0.0.1:7700 --tls-dir pki --failover auto --failover-standby virtio-net-pci,for=vf0,id=net0,netdev=n0,bus=rp2 --unplug-timeout 5s --on-unplug-timeout wait",
+            "vmferry receive --listen tcp://127.0.0.1:7700 --guest qemu:/run/b.qmp --tls-dir pki --failover-primary vfio-pci,host=0000:01:10.0,id=vf0",
             "vmferry demo",
             "vmferry doctor",
         ] {

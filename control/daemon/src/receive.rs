@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmferry_datapath::{GuestRam, LaneTotals, Meter, Receiver};
-use vmferry_guest::{DeviceFacts, TargetGuest, open_target};
+use vmferry_guest::{DeviceFacts, TargetGuest, open_target_with};
 use vmferry_session::{
     Agreement, FinalTotals, Limits, Message, RunFailure, RunLicence, SessionError, TargetAction, TargetEvent,
     TargetOutcome, TargetSession, TargetWork, VacantToken,
@@ -114,7 +114,7 @@ struct Reception<'a> {
 
 impl<'a> Reception<'a> {
     fn begin(args: &'a ReceiveArgs, listen: &mut Endpoint) -> Result<Self, Failure> {
-        let guest = open_target(&args.guest).map_err(|e| blame::refused_guest(&e))?;
+        let guest = open_target_with(&args.guest, &args.primaries).map_err(|e| blame::refused_guest(&e))?;
         DeviceFacts::refuse_unmovable(guest.devices()).map_err(|e| blame::refused_guest(&e))?;
         let security = match &args.security.tls_dir {
             Some(dir) => Security::Tls(keys::server_config(dir)?),

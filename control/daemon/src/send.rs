@@ -21,7 +21,8 @@ mod terms;
 use std::time::{Duration, Instant};
 
 use vmferry_datapath::{Compression, SendPlan, Sender};
-use vmferry_guest::{DeviceFacts, open_source};
+use vmferry_guest::failover::CancelFlag;
+use vmferry_guest::{DeviceFacts, open_source_with};
 use vmferry_session::{
     Agreement, AttemptId, CompressionMode, FinalTotals, LaneTally, Message, PausedToken, RunningToken,
     SealedToken, SessionError, SourceAction, SourceEvent, SourceOutcome, SourceSession, Work,
@@ -44,7 +45,7 @@ use auto_compress::AutoCompress;
 use hands::{SourceHands, Stopped};
 use history::HistoryFile;
 use narrator::{Narrator, device_lines};
-use terms::{new_attempt, offer, plan};
+use terms::{failover, new_attempt, offer, plan};
 
 pub use input::Input;
 pub(crate) use narrator::fill_lanes;
@@ -90,6 +91,7 @@ struct Move<'a> {
     agreement: Option<Agreement>,
     state_bytes: u64,
     hold: Hold,
+    cancel: CancelFlag,
     outcome: Option<SourceOutcome>,
 }
 
@@ -97,7 +99,9 @@ impl<'a> Move<'a> {
     /// Everything that can be refused before the guest is touched.
     fn begin(args: &'a SendArgs) -> Result<Self, Failure> {
         let began = clock();
-        let guest = open_source(&args.guest).map_err(|e| blame::refused_guest(&e))?;
+        let cancel = CancelFlag::default();
+        let guest =
+            open_source_with(&args.guest, failover(args, &cancel)).map_err(|e| blame::refused_guest(&e))?;
         let security = match &args.security.tls_dir {
             Some(dir) => Security::Tls(keys::client_config(dir)?),
             None => Security::InsecurePlaintext,
@@ -135,14 +139,19 @@ impl<'a> Move<'a> {
             agreement: None,
             state_bytes: 0,
             hold: Hold::of("send"),
+            cancel,
             outcome: None,
         })
     }
 
     fn run(mut self, report: &mut MoveReport) -> Result<(), Failure> {
         let post = self.pilot.post();
-        let interrupts = interrupt::forward(move || post.send(Input::Event(SourceEvent::Cancel)).is_ok())
-            .map_err(|e| Failure::Bug(format!("signals could not be caught: {e}")))?;
+        let cancel = self.cancel.clone();
+        let interrupts = interrupt::forward(move || {
+            cancel.cancel();
+            post.send(Input::Event(SourceEvent::Cancel)).is_ok()
+        })
+        .map_err(|e| Failure::Bug(format!("signals could not be caught: {e}")))?;
         self.listen()?;
         while let Some(action) = self.pilot.next_action(IDLE, &mut || None) {
             self.act(action);
@@ -387,7 +396,7 @@ impl<'a> Move<'a> {
         report.ram.total_bytes = self.hands.ram().layout().total_bytes().0;
         report.tracker = self.hands.tracker_name().map(str::to_owned);
         report.scan_ms_max = Some(self.hands.scan_max().as_secs_f64() * 1e3);
-        report.notes.extend(self.hands.notes().iter().cloned());
+        report.notes.extend(self.hands.notes().cloned());
         report.notes.extend(self.auto_compress.as_ref().and_then(AutoCompress::verdict).map(str::to_owned));
         if self.args.verify && matches!(self.outcome, Some(SourceOutcome::Moved { .. })) {
             report.verified = Some(true);

@@ -18,6 +18,22 @@ impl Deadline {
     }
 }
 
+/// A moment that something began at.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Since(Instant);
+
+impl Since {
+    /// From now on.
+    pub(crate) fn now() -> Since {
+        Since(now())
+    }
+
+    /// How long ago it was.
+    pub(crate) fn elapsed(self) -> Duration {
+        now().duration_since(self.0)
+    }
+}
+
 #[expect(clippy::disallowed_methods, reason = "waiting for a VMM is this crate's own I/O, not a decision")]
 fn now() -> Instant {
     Instant::now()

@@ -39,6 +39,12 @@ pub enum GuestError {
     /// The VMM did what no healthy VMM does, or went away.
     #[error("{0}")]
     GuestMisbehaved(String),
+    /// The guest did not do in time what it was asked for; it runs on as it was.
+    #[error("{0}")]
+    Unresponsive(String),
+    /// Whoever asked for it called it off.
+    #[error("cancelled while the guest was waited for")]
+    Cancelled,
     /// The sink or source of device state failed under us: the link's error, not the guest's.
     #[error("the device state could not be relayed: {0}")]
     Relay(#[source] io::Error),
@@ -52,9 +58,9 @@ impl GuestError {
     #[must_use]
     pub fn blame(&self) -> Blame {
         match self {
-            GuestError::UserMistake(_) => Blame::User,
+            GuestError::UserMistake(_) | GuestError::Cancelled => Blame::User,
             GuestError::HostRefused { .. } | GuestError::Relay(_) => Blame::Host,
-            GuestError::GuestMisbehaved(_) => Blame::Guest,
+            GuestError::GuestMisbehaved(_) | GuestError::Unresponsive(_) => Blame::Guest,
             GuestError::Bug(_) => Blame::Bug,
         }
     }

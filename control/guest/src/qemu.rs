@@ -13,6 +13,7 @@
 mod blocks;
 mod devices;
 mod facts;
+mod failover;
 mod migration;
 mod qmp;
 mod source;

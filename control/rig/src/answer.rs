@@ -28,6 +28,25 @@ pub struct GuestStatus {
     pub uptime_ms: u64,
 }
 
+/// What the guest sent to the host on the wire, and what came back.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetStatus {
+    /// Numbered datagrams that the guest's kernel took.
+    pub sent: u64,
+    /// Those that it did not take, because it had no way out.
+    pub refused: u64,
+    /// Numbers that came back, each once.
+    pub answered: u64,
+}
+
+impl NetStatus {
+    /// Sent, and never answered.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.sent.saturating_sub(self.answered)
+    }
+}
+
 /// The longest time between two heart beats by the guest's own clock, since it was last asked.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestGap {

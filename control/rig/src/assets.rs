@@ -11,6 +11,9 @@ const INIT_NAME: &str = "vmferry-guest-init";
 const MODULES: [&str; 6] =
     ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
 
+/// What a guest with a failover pair loads, in this order; its virtio bus is built in.
+const FAILOVER_MODULES: [&str; 4] = ["failover", "net_failover", "virtio_net", "e1000e"];
+
 /// All that it takes to boot a guest.
 #[derive(Debug, Clone)]
 pub struct Assets {
@@ -37,6 +40,23 @@ impl Assets {
         }
         let modules = MODULES.iter().map(|name| folder.join(format!("modules/{name}.ko")));
         let modules = modules.filter(|path| path.is_file()).collect();
+        Ok(Self { qemu, kernel, modules, init: find_init()? })
+    }
+
+    /// The same with the lab's generic kernel, whose guests have `net_failover` and a driver for e1000e NICs; the test
+    /// kernel of `scripts/setup` has neither.
+    pub fn find_failover() -> Result<Self, RigError> {
+        let qemu = Self::find_qemu()?;
+        let folder = cache_folder().join("lab");
+        let kernel = folder.join("vmlinuz");
+        let modules: Vec<PathBuf> =
+            FAILOVER_MODULES.iter().map(|name| folder.join(format!("modules/{name}.ko"))).collect();
+        if let Some(missing) = [&kernel].into_iter().chain(&modules).find(|file| !file.is_file()) {
+            return Err(RigError::Missing(format!(
+                "{} is missing: run 'scripts/lab setup', or set VMFERRY_CACHE to where it ran",
+                missing.display()
+            )));
+        }
         Ok(Self { qemu, kernel, modules, init: find_init()? })
     }
 

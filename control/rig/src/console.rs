@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use vmferry_workload::Report;
 
 use crate::RigError;
-use crate::answer::{ANSWER_PREFIX, GuestGap, GuestStatus};
+use crate::answer::{ANSWER_PREFIX, GuestGap, GuestStatus, NetStatus};
 
 /// Lines of the kernel that are kept to explain a failure.
 const KERNEL_LINES_KEPT_MAX: usize = 64;
@@ -68,6 +68,11 @@ impl Console {
     /// What the guest knows about itself.
     pub fn status(&mut self) -> Result<GuestStatus, RigError> {
         self.ask_json("status")
+    }
+
+    /// What the guest sent over its network, and what came back.
+    pub fn net(&mut self) -> Result<NetStatus, RigError> {
+        self.ask_json("net")
     }
 
     /// Verifies every page of the workload now.

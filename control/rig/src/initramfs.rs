@@ -9,6 +9,7 @@ pub(crate) fn build(assets: &Assets) -> Result<Vec<u8>, RigError> {
     let mut image = Image::new();
     image.console();
     image.folder("/proc");
+    image.folder("/sys");
     image.folder("/modules");
     image.program("/init", &assets.init)?;
     for (order, module) in assets.modules.iter().enumerate() {

@@ -23,8 +23,9 @@ mod need;
 mod qemu;
 mod qmp;
 mod second_writer;
+mod wire;
 
-pub use answer::{ANSWER_PREFIX, GuestGap, GuestStatus};
+pub use answer::{ANSWER_PREFIX, GuestGap, GuestStatus, NetStatus};
 pub use assets::{Assets, cache_folder};
 pub use commanded_writer::CommandedWriter;
 pub use console::Console;
@@ -36,6 +37,7 @@ pub use need::{huge_pages, root, skip};
 pub use qemu::{Memory, QemuGuest, RigDirectory, RunningGuest};
 pub use qmp::Qmp;
 pub use second_writer::{SecondWriter, SecondWriting};
+pub use wire::{GUEST_ADDRESS, WIRE_ADDRESS, WIRE_PORT, Wire};
 
 /// What went wrong while a guest was set up or asked.
 #[derive(Debug, thiserror::Error)]

@@ -87,6 +87,7 @@ pub struct QemuGuest {
     disk: Option<PathBuf>,
     machine: String,
     extra: Vec<String>,
+    words: String,
     prealloc: bool,
     reserved: u64,
 }
@@ -104,6 +105,7 @@ impl QemuGuest {
             disk: None,
             machine: "q35".to_owned(),
             extra: Vec::new(),
+            words: String::new(),
             prealloc: false,
             reserved: 0,
         })
@@ -163,6 +165,13 @@ impl QemuGuest {
     #[must_use]
     pub fn extra_args(mut self, words: &[&str]) -> Self {
         self.extra.extend(words.iter().map(|word| (*word).to_owned()));
+        self
+    }
+
+    /// More words for the guest's kernel; `vmferry.net` makes its init send over the network.
+    #[must_use]
+    pub fn kernel_arguments(mut self, words: &str) -> Self {
+        self.words = format!("{words} ");
         self
     }
 
@@ -292,7 +301,7 @@ impl QemuGuest {
             0 => String::new(),
             bytes => format!("mem={}K ", (self.blocks.iter().sum::<u64>().saturating_sub(bytes)) / 1024),
         };
-        format!("{KERNEL_WORDS} {limit}vmferry.plan={}", self.plan)
+        format!("{KERNEL_WORDS} {limit}{}vmferry.plan={}", self.words, self.plan)
     }
 
     fn disk_args(&self) -> Vec<String> {

@@ -23,6 +23,9 @@ pub enum SessionError {
     /// The blackout cannot fit its limit; the sentence says why and what would.
     #[error("{0}")]
     NotConverging(String),
+    /// The guest did not do in time what it was asked for; the sentence says what, and what would help.
+    #[error("{0}")]
+    GuestUnresponsive(String),
     /// The hosts or guests do not fit each other; the sentence holds the exact fix.
     #[error("{0}")]
     Incompatible(String),
@@ -61,7 +64,9 @@ impl SessionError {
     pub fn to_abort_reason(&self) -> AbortReason {
         let kind = match self {
             Self::Cancelled => AbortKind::Cancelled,
-            Self::TimedOut { .. } | Self::PeerSilent { .. } => AbortKind::TimedOut,
+            Self::TimedOut { .. } | Self::GuestUnresponsive(_) | Self::PeerSilent { .. } => {
+                AbortKind::TimedOut
+            }
             Self::NotConverging(_) => AbortKind::NotConverging,
             Self::Incompatible(_) => AbortKind::Incompatible,
             Self::PeerMisbehaved(_) => AbortKind::Misbehaved,

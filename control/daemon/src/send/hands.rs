@@ -71,7 +71,7 @@ impl SourceHands {
         let ram = guest.ram();
         let chunks = ram.layout().chunk_count();
         let horizon = (!guest.direct_io_nodes().is_empty()).then(|| IoHorizon::new(chunks));
-        let mut notes = guest.description().notes.clone();
+        let mut notes = Vec::new();
         if horizon.is_some() {
             notes.push(format!(
                 "disks with O_DIRECT ({}): pages seen dirty in the last 30 s are compared again in the blackout",
@@ -124,10 +124,9 @@ impl SourceHands {
         self.scan_max
     }
 
-    /// What the operator should know.
-    #[must_use]
-    pub(super) fn notes(&self) -> &[String] {
-        &self.notes
+    /// What the operator should know: the guest's own notes, which grow during a move, and ours.
+    pub(super) fn notes(&self) -> impl Iterator<Item = &String> {
+        self.guest.description().notes.iter().chain(&self.notes)
     }
 
     /// What tracks the guest's writes.

@@ -1,6 +1,7 @@
 //! What a move is begun with: the offer to the target, and the plan for the session.
 
 use vmferry_datapath::{ByteLen, Cipher, fastest_provider};
+use vmferry_guest::failover::{CancelFlag, FailoverMode, FailoverOptions, OnUnplugTimeout};
 use vmferry_guest::{Description, DeviceFacts, SourceGuest};
 use vmferry_session::{
     AttemptId, CipherSuite, CompressionMode, ConvergePlan, DeviceIdentity, GuestFacts, LaneTransport, Limits,
@@ -9,9 +10,12 @@ use vmferry_session::{
 
 use super::hands::SourceHands;
 use super::history::HistoryFile;
-use crate::cli::{Compress, Fallback, NoConverge, SendArgs};
+use crate::cli::{Compress, Failover, Fallback, NoConverge, SendArgs, UnplugTimeout};
 use crate::endpoint::Transport;
 use crate::failure::Failure;
+
+/// So many devices that each take all of `--unplug-timeout` fit into the time for preparing.
+const PRIMARIES_FORESEEN: u32 = 4;
 
 pub(super) fn offer(args: &SendArgs, attempt: AttemptId, lanes: u16, guest: &dyn SourceGuest) -> Offer {
     let cipher =
@@ -60,6 +64,36 @@ pub fn cipher(suite: CipherSuite) -> Cipher {
     }
 }
 
+/// The operator's choices about devices that cannot migrate.
+pub(super) fn failover(args: &SendArgs, cancel: &CancelFlag) -> FailoverOptions {
+    let chosen = &args.failover;
+    let mode = match chosen.failover {
+        Failover::Auto => FailoverMode::Auto,
+        Failover::Off => FailoverMode::Off,
+    };
+    let on_unplug_timeout = match chosen.on_unplug_timeout {
+        UnplugTimeout::Abort => OnUnplugTimeout::Abort,
+        UnplugTimeout::Wait => OnUnplugTimeout::Wait,
+    };
+    FailoverOptions {
+        mode,
+        unplug_timeout: chosen.unplug_timeout,
+        on_unplug_timeout,
+        standbys: chosen.standbys.clone(),
+        cancel: cancel.clone(),
+    }
+}
+
+/// The deadlines; preparing takes as long as the guest may take to give its devices up.
+fn limits(args: &SendArgs, ram_bytes: u64) -> Limits {
+    let limits = Limits::for_move(Some(args.timeout), ram_bytes, args.verify);
+    let unplug = match args.failover.on_unplug_timeout {
+        UnplugTimeout::Abort => args.failover.unplug_timeout * PRIMARIES_FORESEEN,
+        UnplugTimeout::Wait => args.timeout,
+    };
+    Limits { prepare: limits.prepare + unplug, ..limits }
+}
+
 pub(super) fn plan(args: &SendArgs, offer: Offer, hands: &SourceHands, history: &HistoryFile) -> SourcePlan {
     let ram_bytes = hands.ram().layout().total_bytes().0;
     let on_no_converge = match args.on_no_converge {
@@ -73,7 +107,7 @@ pub(super) fn plan(args: &SendArgs, offer: Offer, hands: &SourceHands, history: 
     let predictor = if args.verify { predictor.with_verify(ByteLen(ram_bytes)) } else { predictor };
     SourcePlan {
         offer,
-        limits: Limits::for_move(Some(args.timeout), ram_bytes, args.verify),
+        limits: limits(args, ram_bytes),
         converge: ConvergePlan { downtime_limit: args.downtime_limit, on_no_converge },
         predictor,
     }

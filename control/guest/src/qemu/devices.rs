@@ -13,8 +13,13 @@ use crate::device::{DeviceFacts, DeviceMigration, DmaTracking};
 /// Where QEMU keeps the devices that were given to it, with and without an id.
 const HOMES: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
-/// The devices of the host that the guest has. Each can reach all of the guest's memory.
-pub(crate) fn passed_through(qmp: &mut Qmp, layout: &RamLayout) -> Result<Vec<DeviceFacts>, GuestError> {
+/// The devices of the host that the guest has, without those that are `away` during the move. Each can reach all of
+/// the guest's memory.
+pub(crate) fn passed_through(
+    qmp: &mut Qmp,
+    layout: &RamLayout,
+    away: &[String],
+) -> Result<Vec<DeviceFacts>, GuestError> {
     let mut found = Vec::new();
     for home in HOMES {
         let children = qmp.execute("qom-list", json!({ "path": home }))?;
@@ -25,6 +30,9 @@ pub(crate) fn passed_through(qmp: &mut Qmp, layout: &RamLayout) -> Result<Vec<De
                 continue;
             };
             let name = child["name"].as_str().unwrap_or_default();
+            if away.iter().any(|id| id == name) {
+                continue;
+            }
             found.push(facts(qmp, &format!("{home}/{name}"), name, &format!("vfio-{driver}"), layout)?);
         }
     }

@@ -6,11 +6,21 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::blocks::FoundRam;
+use super::failover::FoundStandby;
 use super::qmp::Qmp;
 use crate::{Description, GuestError};
 
 /// Describes the guest behind `qmp`.
-pub(crate) fn describe(qmp: &mut Qmp, socket: &Path, found: &FoundRam) -> Result<Description, GuestError> {
+///
+/// `standbys` are the virtio NICs of failover pairs, those included that are plugged for the move; `away` are devices
+/// that are not there during it. Neither is compared by its place on the PCI buses.
+pub(crate) fn describe(
+    qmp: &mut Qmp,
+    socket: &Path,
+    found: &FoundRam,
+    standbys: &[FoundStandby],
+    away: &[String],
+) -> Result<Description, GuestError> {
     let machine = text(&qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }))?);
     let cpus = qmp.execute("query-cpus-fast", Value::Null)?;
     let cpus = cpus.as_array().cloned().unwrap_or_default();
@@ -29,8 +39,13 @@ pub(crate) fn describe(qmp: &mut Qmp, socket: &Path, found: &FoundRam) -> Result
         facts.insert("cpu features".to_owned(), feature_words(&words));
     }
     if let Ok(buses) = qmp.execute("query-pci", Value::Null) {
-        facts.insert("pci devices".to_owned(), devices(&buses));
+        let paired = standbys.iter().map(|standby| &standby.id).chain(away);
+        facts.insert(
+            "pci devices".to_owned(),
+            devices(&buses, &paired.map(String::as_str).collect::<Vec<_>>()),
+        );
     }
+    facts.insert("failover standbys".to_owned(), standby_words(standbys));
     let mut notes = vec![version(&qmp.execute("query-version", Value::Null)?)];
     if !found.in_stream.is_empty() {
         notes.push(format!("in the device state: {}", found.in_stream.join(", ")));
@@ -82,16 +97,17 @@ fn feature_words(words: &Value) -> String {
 
 /// Slot, vendor and device of everything on the buses. Bus numbers and addresses are the guest's own business, a
 /// target that never ran has none.
-fn devices(buses: &Value) -> String {
+fn devices(buses: &Value, paired: &[&str]) -> String {
     let mut found = Vec::new();
     for bus in buses.as_array().into_iter().flatten() {
-        add_devices(&bus["devices"], "", &mut found);
+        add_devices(&bus["devices"], "", paired, &mut found);
     }
     found.join(" ")
 }
 
-fn add_devices(devices: &Value, above: &str, found: &mut Vec<String>) {
-    for device in devices.as_array().into_iter().flatten() {
+fn add_devices(devices: &Value, above: &str, paired: &[&str], found: &mut Vec<String>) {
+    let compared = |device: &&Value| device["qdev_id"].as_str().is_none_or(|id| !paired.contains(&id));
+    for device in devices.as_array().into_iter().flatten().filter(compared) {
         let number = |value: &Value| value.as_u64().unwrap_or(0);
         let place = format!("{above}{:02x}.{:x}", number(&device["slot"]), number(&device["function"]));
         found.push(format!(
@@ -99,8 +115,17 @@ fn add_devices(devices: &Value, above: &str, found: &mut Vec<String>) {
             number(&device["id"]["vendor"]),
             number(&device["id"]["device"])
         ));
-        add_devices(&device["pci_bridge"]["devices"], &format!("{place}/"), found);
+        add_devices(&device["pci_bridge"]["devices"], &format!("{place}/"), paired, found);
     }
+}
+
+/// Standbys by id, MAC and bus.
+fn standby_words(standbys: &[FoundStandby]) -> String {
+    let word =
+        |standby: &FoundStandby| format!("{}={}@{}", standby.id, standby.mac.to_lowercase(), standby.bus);
+    let mut words: Vec<String> = standbys.iter().map(word).collect();
+    words.sort();
+    words.join(" ")
 }
 
 #[cfg(test)]
@@ -109,11 +134,14 @@ mod tests {
 
     #[test]
     fn devices_are_named_by_place_and_kind_also_behind_bridges() {
-        let behind = json!({ "slot": 0, "function": 0, "id": { "vendor": 0x1af4, "device": 0x1042 } });
+        let gone = json!({ "qdev_id": "pri0", "slot": 1, "function": 0, "id": { "vendor": 1, "device": 2 } });
+        let behind =
+            json!({ "qdev_id": "", "slot": 0, "function": 0, "id": { "vendor": 0x1af4, "device": 0x1042 } });
         let bridge = json!({ "slot": 28, "function": 1, "id": { "vendor": 0x1b36, "device": 12 },
-            "pci_bridge": { "bus": { "number": 9 }, "devices": [behind] } });
+            "pci_bridge": { "bus": { "number": 9 }, "devices": [behind, gone] } });
         let buses = json!([{ "bus": 0, "devices": [bridge] }]);
-        assert_eq!(devices(&buses), "1c.1=1b36:000c 1c.1/00.0=1af4:1042");
+        assert_eq!(devices(&buses, &[]), "1c.1=1b36:000c 1c.1/00.0=1af4:1042 1c.1/01.0=0001:0002");
+        assert_eq!(devices(&buses, &["pri0"]), "1c.1=1b36:000c 1c.1/00.0=1af4:1042");
     }
 
     #[test]

@@ -7,11 +7,13 @@
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, sockopt::PeerCredentials};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
@@ -181,6 +183,27 @@ impl Qmp {
             }
             let message = self.read_message(deadline)?;
             self.keep_event(message);
+        }
+    }
+
+    /// The oldest event that is kept, or the next one that comes within `wait`; none when none does.
+    pub(crate) fn next_event(&mut self, wait: Duration) -> Result<Option<Value>, GuestError> {
+        if let Some(event) = self.events.pop_front() {
+            return Ok(Some(event));
+        }
+        if !self.unread.contains(&b'\n') && !self.is_readable(wait)? {
+            return Ok(None);
+        }
+        self.read_message(Deadline::after(ANSWER_TIMEOUT)).map(Some)
+    }
+
+    fn is_readable(&self, wait: Duration) -> Result<bool, GuestError> {
+        let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
+        let mut polled = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut polled, timeout) {
+            Ok(ready) => Ok(ready > 0),
+            Err(Errno::EINTR) => Ok(false),
+            Err(errno) => Err(self.lost("poll", &errno.into())),
         }
     }
 

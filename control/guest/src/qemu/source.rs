@@ -20,10 +20,12 @@ use vmferry_datapath::{Access, ByteLen, DirtyLog, GuestRam, PageSet};
 use super::blocks::{self, FoundRam};
 use super::devices;
 use super::facts;
+use super::failover::{Pairs, SourceFailover, bring_back};
 use super::migration::{self, Borrowed, Mark};
 use super::qmp::{Qmp, QmpFailure};
 use super::stream::{Preface, RelayFault, relay};
 use crate::attach::{self, BlockPlace, Watch};
+use crate::failover::{FailoverOptions, Primary};
 use crate::throttle::Throttle;
 use crate::{Description, DeviceFacts, DeviceStream, GuestError, SourceGuest};
 
@@ -45,18 +47,29 @@ pub struct QemuSource {
     borrowed: Option<Borrowed>,
     state: Option<UnixStream>,
     throttle: Throttle,
+    failover: SourceFailover,
 }
 
 impl QemuSource {
     /// Connects to QEMU and looks at the guest, without touching it.
-    pub fn open(socket: &Path) -> Result<QemuSource, GuestError> {
+    pub fn open(socket: &Path, failover: FailoverOptions) -> Result<QemuSource, GuestError> {
         let mut qmp = Qmp::connect(socket)?;
         let was_running = must_be_movable(&mut qmp)?;
-        migration::refuse_blockers(&mut qmp)?;
+        let failover = SourceFailover::new(failover);
+        let pairs = Pairs::find(&mut qmp)?;
+        let leaving = failover.will_leave(&mut qmp, &pairs)?;
+        if leaving.is_empty() {
+            // What blocks a migration may leave with the primaries; it is looked at again when they are gone.
+            migration::refuse_blockers(&mut qmp)?;
+        }
+        refuse_asleep(was_running, &leaving)?;
         let found = blocks::find(&mut qmp, false)?;
-        let description = facts::describe(&mut qmp, socket, &found)?;
+        let away: Vec<String> = leaving.iter().map(|primary| primary.options.id().to_owned()).collect();
+        let standbys = pairs.standbys_with(&leaving);
+        let mut description = facts::describe(&mut qmp, socket, &found, &standbys, &away)?;
+        description.notes.extend(leaving.iter().map(announce));
         let direct_io_nodes = facts::direct_io_nodes(&mut qmp)?;
-        let devices = devices::passed_through(&mut qmp, &found.layout)?;
+        let devices = devices::passed_through(&mut qmp, &found.layout, &away)?;
         let throttle = Throttle::of(found.vmm, facts::processor_threads(&mut qmp)?);
         let FoundRam { layout, files, places, vmm, in_stream: _ } = found;
         let ram = Arc::new(GuestRam::map(layout, files, Access::ReadOnly)?);
@@ -74,7 +87,18 @@ impl QemuSource {
             borrowed: None,
             state: None,
             throttle,
+            failover,
         })
+    }
+
+    /// Undoes the failover; a failure is told, because who asks for it has no other way out.
+    fn undo_failover(&mut self) {
+        let (notes, failed) = self.failover.undo(&mut self.qmp);
+        for error in &failed {
+            tracing::warn!("{error}");
+        }
+        self.description.notes.extend(notes);
+        self.description.notes.extend(failed.iter().map(|error| format!("WARNING: {error}")));
     }
 
     /// Gives QEMU its end of the socket that the state will come through.
@@ -131,8 +155,12 @@ impl SourceGuest for QemuSource {
     }
 
     fn attach(&mut self) -> Result<Box<dyn DirtyLog>, GuestError> {
+        // While the guest runs, and before a page is read: what a primary writes by DMA no tracker sees.
+        let notes = self.failover.begin(&mut self.qmp)?;
+        self.description.notes.extend(notes);
+        migration::refuse_blockers(&mut self.qmp)?;
         // Looked at again: a device may have come or gone since the guest was opened.
-        self.devices = devices::passed_through(&mut self.qmp, self.ram.layout())?;
+        self.devices = devices::passed_through(&mut self.qmp, self.ram.layout(), &[])?;
         DeviceFacts::refuse_unmovable(&self.devices)?;
         let tracked = attach::track(self.vmm, self.ram.layout(), &self.places)?;
         self.borrow_settings()?;
@@ -181,6 +209,8 @@ impl SourceGuest for QemuSource {
     fn save_state(&mut self, into: &mut dyn Write) -> Result<ByteLen, GuestError> {
         self.borrow_settings()?;
         self.arm()?;
+        let carried = self.failover.traffic(&mut self.qmp)?;
+        self.description.notes.extend(carried);
         let preface = Preface { was_running: self.was_running }.to_bytes();
         into.write_all(&preface).map_err(GuestError::Relay)?;
         self.qmp.forget_events();
@@ -223,6 +253,7 @@ impl SourceGuest for QemuSource {
         if self.state.take().is_some() {
             let _ = self.qmp.execute("closefd", json!({ "fdname": STATE_NAME }));
         }
+        self.undo_failover();
         let Some(borrowed) = self.borrowed.take() else { return };
         if let Err(error) = borrowed.give_back(&mut self.qmp) {
             tracing::warn!("QEMU's migration settings could not be put back: {error}");
@@ -231,6 +262,7 @@ impl SourceGuest for QemuSource {
 
     fn retire(&mut self) -> Result<(), GuestError> {
         self.borrowed = None;
+        self.failover.close();
         self.throttle.set(0)?;
         end(&mut self.qmp)
     }
@@ -240,6 +272,25 @@ impl Drop for QemuSource {
     fn drop(&mut self) {
         self.detach();
     }
+}
+
+/// A guest that is paused gives nothing up.
+fn refuse_asleep(was_running: bool, leaving: &[Primary]) -> Result<(), GuestError> {
+    let Some(first) = leaving.first().filter(|_| !was_running) else { return Ok(()) };
+    Err(GuestError::mistake(format!(
+        "this guest is paused and cannot be asked for `{}`, which cannot migrate: let it run (cont) and try again, or \
+         unplug `{0}` while it runs (device_del)",
+        first.options.id()
+    )))
+}
+
+fn announce(primary: &Primary) -> String {
+    format!(
+        "failover: `{}` ({}) cannot migrate: the guest is asked to give it up, and runs over `{}` meanwhile",
+        primary.options.id(),
+        primary.options.driver(),
+        primary.standby.id
+    )
 }
 
 /// Tells QEMU to end. One that is gone already has done so.
@@ -294,8 +345,8 @@ pub fn rescue(socket: &Path) -> Result<(), GuestError> {
     if stands && mark == Mark::WasRunning {
         qmp.execute("cont", Value::Null)?;
     }
-    match mark {
-        Mark::Free => Ok(()),
-        Mark::WasRunning | Mark::WasPaused => Borrowed::of_the_dead().give_back(&mut qmp),
+    if mark != Mark::Free {
+        Borrowed::of_the_dead().give_back(&mut qmp)?;
     }
+    bring_back(&mut qmp)
 }

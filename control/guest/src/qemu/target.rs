@@ -17,10 +17,12 @@ use vmferry_datapath::{Access, ByteLen, GuestRam};
 use super::blocks::{self, FoundRam};
 use super::devices;
 use super::facts;
+use super::failover::{Pairs, TargetFailover};
 use super::migration::{self, Borrowed, Mark};
 use super::qmp::{Qmp, QmpFailure};
 use super::source::end;
 use super::stream::{Preface, RelayFault, relay};
+use crate::failover::DeviceOptions;
 use crate::{Description, DeviceFacts, GuestError, TargetGuest};
 
 /// The name under which QEMU keeps its end of the state socket.
@@ -35,19 +37,35 @@ pub struct QemuTarget {
     state: Option<UnixStream>,
     borrowed: Option<Borrowed>,
     runs_next: bool,
+    failover: TargetFailover,
+    settled: bool,
 }
 
 impl QemuTarget {
     /// Connects to a QEMU that was started with `-incoming defer`.
-    pub fn open(socket: &Path) -> Result<QemuTarget, GuestError> {
+    ///
+    /// `primaries` are this host's devices for the guest's standbys; they are plugged when the guest runs here.
+    pub fn open(socket: &Path, primaries: &[DeviceOptions]) -> Result<QemuTarget, GuestError> {
         let mut qmp = Qmp::connect(socket)?;
         must_be_waiting(&mut qmp)?;
         let found = blocks::find(&mut qmp, true)?;
-        let description = facts::describe(&mut qmp, socket, &found)?;
-        let devices = devices::passed_through(&mut qmp, &found.layout)?;
+        let pairs = Pairs::find(&mut qmp)?;
+        let failover = TargetFailover::new(primaries, &pairs)?;
+        let description = facts::describe(&mut qmp, socket, &found, pairs.standbys(), &[])?;
+        let devices = devices::passed_through(&mut qmp, &found.layout, &[])?;
         let FoundRam { layout, files, .. } = found;
         let ram = Arc::new(GuestRam::map(layout, files, Access::ReadWrite)?);
-        Ok(QemuTarget { qmp, description, ram, devices, state: None, borrowed: None, runs_next: false })
+        Ok(QemuTarget {
+            qmp,
+            description,
+            ram,
+            devices,
+            state: None,
+            borrowed: None,
+            runs_next: false,
+            failover,
+            settled: false,
+        })
     }
 
     fn listen(&mut self) -> Result<(), GuestError> {
@@ -137,7 +155,12 @@ impl TargetGuest for QemuTarget {
     }
 
     fn settle(&mut self) -> Result<(), GuestError> {
-        self.borrowed.take().map_or(Ok(()), |borrowed| borrowed.give_back(&mut self.qmp))
+        let given_back = self.borrowed.take().map_or(Ok(()), |borrowed| borrowed.give_back(&mut self.qmp));
+        if !std::mem::replace(&mut self.settled, true) {
+            let notes = self.failover.finish(&mut self.qmp, self.runs_next);
+            self.description.notes.extend(notes);
+        }
+        given_back
     }
 
     fn discard(&mut self) {

@@ -4,11 +4,13 @@
 //!   serial line ──► console ──► worker: writes pages, verifies them, answers
 //!                   beat: one byte each ms to port 0xe9, before everything else
 //!                   disk: O_DIRECT reads into known pages, where there is a disk
+//!                   net: numbered datagrams to the host on the wire, with `vmferry.net` on the command line
 //! ```
 
 mod beat;
 mod console;
 mod disk;
+mod net;
 mod sys;
 mod worker;
 
@@ -27,14 +29,17 @@ fn main() {
     }
     sys::mount("devtmpfs", c"/dev");
     sys::mount("proc", c"/proc");
+    sys::mount("sysfs", c"/sys");
     let beat = Arc::new(beat::Counters::default());
     let beating = Arc::clone(&beat);
     std::thread::spawn(move || {
         sys::become_real_time(BEAT_PRIORITY);
         beat::run(&beating);
     });
-    let plan = plan_from(&std::fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    let command_line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let plan = plan_from(&command_line);
     let disk = disk::start();
+    let net = net::start(&command_line);
     let mut serial = console::Serial::open().expect("the guest has a serial line");
     let plan = match plan {
         Ok(plan) => plan,
@@ -43,7 +48,7 @@ fn main() {
             panic!("no plan");
         }
     };
-    let requests = worker::start(plan, beat, disk);
+    let requests = worker::start(plan, worker::Counters { beat, disk, net });
     serial.say("ready");
     sys::become_real_time(CONSOLE_PRIORITY);
     loop {

@@ -11,6 +11,7 @@ use vmferry_workload::{MappedPages, Pace, Plan, Verifier, Writer};
 
 use crate::beat;
 use crate::disk::DiskCounters;
+use crate::net::NetCounters;
 use crate::sys;
 
 /// Pages verified in each turn of the loop: the background check costs little and meets every page in time.
@@ -42,19 +43,25 @@ struct Worker {
     verifier: Verifier,
     pace: Pace,
     writing: bool,
-    beat: Arc<beat::Counters>,
-    disk: Arc<DiskCounters>,
+    counters: Counters,
+}
+
+/// What the other threads have done.
+pub(crate) struct Counters {
+    pub(crate) beat: Arc<beat::Counters>,
+    pub(crate) disk: Arc<DiskCounters>,
+    pub(crate) net: Arc<NetCounters>,
 }
 
 /// Fills the memory, then starts the worker's thread.
-pub(crate) fn start(plan: Plan, beat: Arc<beat::Counters>, disk: Arc<DiskCounters>) -> Requests {
+pub(crate) fn start(plan: Plan, counters: Counters) -> Requests {
     let pages = usize::try_from(plan.pages).expect("a 64-bit guest");
     let mut memory = MappedPages::anonymous(pages).expect("the guest has enough memory for its plan");
     let mut writer = Writer::new(plan);
     writer.fill(&mut memory);
     mlockall(MlockAllFlags::CURRENT).expect("init may lock its memory");
     let pace = Pace::new(writer.registers().plan.rate, sys::uptime());
-    let mut worker = Worker { memory, writer, verifier: Verifier::new(), pace, writing: true, beat, disk };
+    let mut worker = Worker { memory, writer, verifier: Verifier::new(), pace, writing: true, counters };
     let (sender, requests) = channel();
     std::thread::spawn(move || worker.run(&requests));
     Requests(sender)
@@ -79,19 +86,24 @@ impl Worker {
         match command {
             "status" => ok(&self.status()),
             "verify" => ok(&self.verifier.all(&self.memory, self.writer.registers())),
-            "gap" => ok(&GuestGap { gap_us: self.beat.take_gap_us() }),
+            "gap" => ok(&GuestGap { gap_us: self.counters.beat.take_gap_us() }),
             "stop" | "start" => {
                 self.writing = command == "start";
                 self.pace = Pace::new(self.writer.registers().plan.rate, sys::uptime());
                 ok(&self.status())
             }
+            "net" => {
+                self.counters.net.set_quiet(rest == "quiet");
+                ok(&self.counters.net.status())
+            }
+            "deaf" => ok(&crate::net::forget_hot_unplug()),
             "rate" => self.set("rate", rest),
             "set" => match rest.split_once('=') {
                 Some((key, value)) => self.set(key, value),
                 None => "error use set key=value".to_owned(),
             },
             _ => format!(
-                "error unknown command '{command}': use status, verify, gap, stop, start, rate or set"
+                "error unknown command '{command}': use status, verify, gap, net, deaf, stop, start, rate or set"
             ),
         }
     }
@@ -112,9 +124,9 @@ impl Worker {
             writes: self.writer.registers().writes(),
             verified: found.pages,
             wrong: found.wrong,
-            disk_reads: self.disk.reads(),
-            disk_wrong: self.disk.wrong(),
-            beats: self.beat.beats(),
+            disk_reads: self.counters.disk.reads(),
+            disk_wrong: self.counters.disk.wrong(),
+            beats: self.counters.beat.beats(),
             uptime_ms: u64::try_from(sys::uptime().as_millis()).unwrap_or(u64::MAX),
         }
     }
