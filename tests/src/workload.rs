@@ -4,7 +4,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use vmferry_guest::process::{Phase, WorkloadControl};
+use vmferry_guest::process::{DeviceStatus, Phase, WorkloadControl};
 
 use crate::command::program;
 
@@ -27,6 +27,18 @@ impl Workload {
     #[must_use]
     pub fn incoming(ram: &str) -> Self {
         Self::start(&["--ram", ram, "--incoming"])
+    }
+
+    /// The same with fake devices.
+    #[must_use]
+    pub fn run_with(ram: &str, plan: &str, devices: &[&str]) -> Self {
+        Self::start(&[&["--ram", ram, "--plan", plan], &device_words(devices)[..]].concat())
+    }
+
+    /// One that waits for a guest with fake devices.
+    #[must_use]
+    pub fn incoming_with(ram: &str, devices: &[&str]) -> Self {
+        Self::start(&[&["--ram", ram, "--incoming"], &device_words(devices)[..]].concat())
     }
 
     fn start(words: &[&str]) -> Self {
@@ -65,6 +77,26 @@ impl Workload {
         WorkloadControl::connect(&self.name).and_then(|mut c| c.status()).ok().map(|status| status.phase)
     }
 
+    /// Its fake devices.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    #[must_use]
+    pub fn devices(&self) -> Vec<DeviceStatus> {
+        let status = WorkloadControl::connect(&self.name).and_then(|mut c| c.status());
+        status.unwrap_or_else(|e| panic!("{e}")).devices
+    }
+
+    /// Panics unless every device came in with the digest that the source had, and no page that it wrote was lost.
+    ///
+    /// # Panics
+    /// When one did not.
+    pub fn assert_devices_came_in(&self) {
+        for device in self.devices() {
+            assert!(device.came_in && device.wrong_pinned_pages == 0, "{device:?}");
+        }
+    }
+
     /// Waits until it is in `phase`.
     ///
     /// # Panics
@@ -95,6 +127,10 @@ impl Workload {
             report.faults
         );
     }
+}
+
+fn device_words<'a>(devices: &[&'a str]) -> Vec<&'a str> {
+    devices.iter().flat_map(|device| ["--device", device]).collect()
 }
 
 impl Drop for Workload {

@@ -18,6 +18,10 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 /// Events that wait at most; past it the control reader waits, so that a chatty peer costs no memory.
 const MAILBOX_EVENTS_MAX: usize = 256;
 
+/// How long a broken lane waits for the word of why; a cut control connection ends the wait at once.
+const WHY_MAX: Duration = Duration::from_millis(250);
+const WHY_STEP: Duration = Duration::from_millis(1);
+
 /// A source or a target session, as the pilot sees it.
 pub trait Machine {
     /// What happens to it.
@@ -86,6 +90,15 @@ impl<M: Machine> Pilot<M> {
             self.feed(M::tick());
         }
         !self.interrupted
+    }
+
+    /// After a lane broke: gives the word of why, which travels on another connection, a moment to come first. Whoever
+    /// knows why the peer closed its lanes need not guess.
+    pub fn hear_why(&mut self) {
+        let until = self.now() + WHY_MAX;
+        while self.pump() && self.now() < until {
+            std::thread::sleep(WHY_STEP);
+        }
     }
 
     /// The next action, waiting for events until there is one; every `every` it calls `look` for an event that nobody

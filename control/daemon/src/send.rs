@@ -20,7 +20,7 @@ mod terms;
 
 use std::time::{Duration, Instant};
 
-use vmferry_datapath::{Compression, SendPlan, Sender};
+use vmferry_datapath::{Compression, DataError, SendPlan, Sender};
 use vmferry_guest::failover::CancelFlag;
 use vmferry_guest::{DeviceFacts, open_source_with};
 use vmferry_session::{
@@ -238,8 +238,17 @@ impl<'a> Move<'a> {
 
     /// Feeds an action's answer: its event, or that it failed.
     fn answer(&mut self, done: Result<SourceEvent, Stopped>, work: Work) {
-        let event = done.unwrap_or_else(|stopped| SourceEvent::WorkFailed(work, session_error(stopped)));
-        self.feed(event);
+        match done {
+            Ok(event) => self.feed(event),
+            Err(stopped) => self.failed(work, stopped),
+        }
+    }
+
+    fn failed(&mut self, work: Work, stopped: Stopped) {
+        if matches!(stopped, Stopped::Lane(DataError::LinkLost { .. })) {
+            self.pilot.hear_why();
+        }
+        self.feed(SourceEvent::WorkFailed(work, session_error(stopped)));
     }
 
     fn open_lanes(&mut self, agreement: Agreement) {
@@ -295,7 +304,7 @@ impl<'a> Move<'a> {
                 self.pilot.feed(Input::Round(report, devices));
                 self.narrator.round(self.pilot.now(), &self.pilot.machine().progress());
             }
-            Err(stopped) => self.feed(SourceEvent::WorkFailed(Work::CopyRound, session_error(stopped))),
+            Err(stopped) => self.failed(Work::CopyRound, stopped),
         }
     }
 
@@ -317,14 +326,14 @@ impl<'a> Move<'a> {
         let saved = saved.and_then(|saved| Ok((saved, hands.drain_devices(&mut || pilot.pump())?)));
         match sent {
             Ok(report) => self.pilot.feed(Input::Last(report)),
-            Err(stopped) => self.feed(SourceEvent::WorkFailed(Work::SendLast, session_error(stopped))),
+            Err(stopped) => self.failed(Work::SendLast, stopped),
         }
         match saved {
             Ok(((len, took), (devices, longer))) => {
                 self.state_bytes = len.0;
                 self.pilot.feed(Input::Saved(took, devices, longer));
             }
-            Err(stopped) => self.feed(SourceEvent::WorkFailed(Work::SaveState, session_error(stopped))),
+            Err(stopped) => self.failed(Work::SaveState, stopped),
         }
     }
 

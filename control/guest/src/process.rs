@@ -6,12 +6,15 @@
 //!     server ◄──── control socket ─────── pause, save, resume, quit
 //! ```
 //!
-//! Its registers (the version of every page) are its device state, so after a move it proves by itself that no page
-//! is stale, torn or lost. What must never happen: a page written while the workload says that it is paused.
+//! Its registers (the version of every page) are its own state, so after a move it proves by itself that no page
+//! is stale, torn or lost. With `--device` it has fake devices, whose states move as those of passed-through devices
+//! do. What must never happen: a page written while the workload says that it is paused.
 
 mod args;
 mod client;
 mod crew;
+mod device_stream;
+mod devices;
 mod machine;
 mod server;
 mod source;
@@ -24,7 +27,7 @@ use std::path::PathBuf;
 pub use args::WorkloadArgs;
 pub use client::WorkloadControl;
 pub use server::run;
-pub use wire::{Phase, WorkloadStatus};
+pub use wire::{DeviceStatus, Phase, WorkloadStatus};
 
 use crate::{GuestError, SourceGuest, TargetGuest, control};
 

@@ -196,9 +196,15 @@ impl Converge {
         if stuck || self.is_out_of_reach(forecast) { self.stuck(report, forecast) } else { Next::Round }
     }
 
-    /// Whether the blackout could not fit even without a page to send: no round and no throttle will help.
+    /// Whether the blackout could not fit whatever rounds and throttle do.
     fn is_out_of_reach(&self, forecast: &Forecast) -> bool {
-        forecast.floor.p95_ms > self.limit_ms() && self.plan.on_no_converge != OnNoConverge::Force
+        self.is_over_at_least(forecast) && self.plan.on_no_converge != OnNoConverge::Force
+    }
+
+    /// Without a page to send it may not fit; or with those that no round can send it most likely does not: there the
+    /// middle decides, because the width is the rate's, which calm rounds narrow.
+    fn is_over_at_least(&self, forecast: &Forecast) -> bool {
+        forecast.floor.p95_ms > self.limit_ms() || forecast.least.p50_ms > self.limit_ms()
     }
 
     fn stuck(&mut self, report: &RoundReport, forecast: &Forecast) -> Next {
@@ -230,8 +236,8 @@ impl Converge {
     fn why(&self, report: &RoundReport, forecast: &Forecast) -> String {
         let limit = self.limit_ms();
         let needed = round_up(forecast.total.p95_ms.min(self.best_p95_ms) * 1.1);
-        if forecast.floor.p95_ms > limit {
-            let floor = forecast.floor.p95_ms;
+        if self.is_over_at_least(forecast) {
+            let floor = forecast.floor.p95_ms.max(forecast.least.p95_ms);
             let devices = said_of_devices(forecast);
             return format!(
                 "the blackout cannot fit {limit:.0} ms: stopping, device state and resuming alone may take {floor:.0} ms\

@@ -77,8 +77,12 @@ pub struct Forecast {
     pub total: Interval,
     /// All of it, before that correction; the correction itself is learned from this one.
     pub raw: Interval,
-    /// What it would be if rounds had left nothing: pinned pages and what devices send after their stop remain.
+    /// What it would be if not one page and no device's state were left to send.
     pub floor: Interval,
+    /// What it would be if rounds had left nothing that they can send: pinned pages and what devices send after their
+    /// stop remain. Its width is the rate's, which rounds narrow.
+    #[serde(default)]
+    pub least: Interval,
     /// Its parts.
     pub terms: BTreeMap<Term, Interval>,
     /// Pages that it expects to send: p50.

@@ -11,6 +11,7 @@
 //! The versions are the workload's registers: they must never lie in the memory that they judge, or a page lost
 //! together with its version would pass.
 
+mod device;
 mod image;
 mod memory;
 mod pace;
@@ -20,6 +21,7 @@ mod registers;
 mod verify;
 mod writer;
 
+pub use device::{DevicePlan, DevicePlanError, DeviceRead, Dma, FakeDevice};
 pub use image::{PAGE_BYTES, PageImage, WORDS_PER_PAGE};
 pub use memory::{MappedPages, PageMemory, VecPages};
 pub use pace::Pace;

@@ -94,6 +94,11 @@ impl WorkloadControl {
         self.caller.order_with(&Request::Load { len: bytes.len() as u64 }, bytes)
     }
 
+    /// The line, for the devices' words.
+    pub(super) fn caller(&mut self) -> &mut Caller<Reply> {
+        &mut self.caller
+    }
+
     pub(crate) fn identity(&mut self) -> Result<Identity, GuestError> {
         let reply = self.caller.ask(&Request::Describe)?;
         if let Reply::Identity(identity) = reply {

@@ -4,9 +4,10 @@
 use std::fs::File;
 
 use rustix::fs::{MemfdFlags, memfd_create};
-use vmferry_workload::{PAGE_BYTES, Plan};
+use vmferry_workload::{DevicePlan, PAGE_BYTES, Plan};
 
 use super::crew::{Crew, Tally, now};
+use super::devices::Devices;
 use super::state;
 use super::wire::{Phase, Reply, WorkloadStatus};
 use crate::GuestError;
@@ -24,24 +25,26 @@ pub(crate) struct Machine {
     memory: File,
     pages: u64,
     state: State,
+    devices: Devices,
     running_since_ns: u64,
     stopped_at_ns: u64,
 }
 
 impl Machine {
-    /// A machine with `pages` pages of zero memory that waits for a workload.
-    pub(crate) fn waiting(pages: u64) -> Result<Self, GuestError> {
+    /// A machine with `pages` pages of zero memory that waits for a workload, its devices standing still.
+    pub(crate) fn waiting(pages: u64, devices: &[DevicePlan]) -> Result<Self, GuestError> {
         let what = "the kernel gives no memory file for the workload";
         let memory =
             memfd_create("vmferry-workload", MemfdFlags::CLOEXEC).map_err(GuestError::refused(what))?;
         let memory = File::from(memory);
         memory.set_len(pages.saturating_mul(PAGE_BYTES as u64)).map_err(GuestError::refused(what))?;
-        Ok(Self { memory, pages, state: State::Waiting, running_since_ns: 0, stopped_at_ns: 0 })
+        let devices = Devices::new(&memory, pages, devices)?;
+        Ok(Self { memory, pages, state: State::Waiting, devices, running_since_ns: 0, stopped_at_ns: 0 })
     }
 
-    /// A machine whose workload runs.
-    pub(crate) fn running(pages: u64, plans: Vec<Plan>) -> Result<Self, GuestError> {
-        let mut machine = Self::waiting(pages)?;
+    /// A machine whose workload and devices run.
+    pub(crate) fn running(pages: u64, plans: Vec<Plan>, devices: &[DevicePlan]) -> Result<Self, GuestError> {
+        let mut machine = Self::waiting(pages, devices)?;
         let crew = Crew::fresh(&machine.memory, plans)
             .map_err(GuestError::refused("the workload cannot map its memory: give it a smaller --ram"))?;
         machine.run(crew);
@@ -50,6 +53,14 @@ impl Machine {
 
     pub(crate) fn memory(&self) -> &File {
         &self.memory
+    }
+
+    pub(crate) fn devices(&mut self) -> &mut Devices {
+        &mut self.devices
+    }
+
+    pub(crate) fn device_plans(&self) -> Vec<DevicePlan> {
+        self.devices.plans()
     }
 
     pub(crate) fn pages(&self) -> u64 {
@@ -70,9 +81,9 @@ impl Machine {
     pub(crate) fn pause(&mut self) -> Reply {
         let state = self.take();
         if let State::Running(crew) = state {
-            self.halt(&crew);
+            let halted = self.halt(&crew);
             self.state = State::Paused(crew);
-            return Reply::Done;
+            return halted;
         }
         self.keep(state, &[Phase::Paused, Phase::Stopped], "pause")
     }
@@ -88,9 +99,9 @@ impl Machine {
     pub(crate) fn stop(&mut self) -> Reply {
         let state = self.take();
         if let State::Running(crew) = state {
-            self.halt(&crew);
+            let halted = self.halt(&crew);
             self.state = State::Stopped(crew);
-            return Reply::Done;
+            return halted;
         }
         self.keep(state, &[Phase::Stopped], "stop")
     }
@@ -142,6 +153,7 @@ impl Machine {
     }
 
     pub(crate) fn discard(&mut self) -> Reply {
+        self.devices.forget();
         let state = self.take();
         if matches!(state, State::Loaded { .. }) {
             return Reply::Done;
@@ -176,6 +188,7 @@ impl Machine {
             wrong,
             running_since_ns,
             stopped_at_ns,
+            devices: self.devices.status(),
         }
     }
 
@@ -195,14 +208,18 @@ impl Machine {
 
     fn run(&mut self, crew: Crew) -> Reply {
         crew.go();
+        self.devices.run();
         self.running_since_ns = now_ns();
         self.state = State::Running(crew);
         Reply::Done
     }
 
-    fn halt(&mut self, crew: &Crew) {
+    fn halt(&mut self, crew: &Crew) -> Reply {
         crew.halt();
+        let halted = self.devices.halt();
         self.stopped_at_ns = now_ns();
+        let refused = |error| Reply::Refused(format!("a device cannot write its memory: {error}"));
+        halted.map_or_else(refused, |()| Reply::Done)
     }
 
     /// Nothing to do in the phases `done`, a refusal in all others.
@@ -226,7 +243,7 @@ mod tests {
 
     fn running() -> Machine {
         let plan: Plan = "pages=256,set=64,rate=max".parse().unwrap();
-        Machine::running(256, plan.shared_among(2).unwrap()).unwrap()
+        Machine::running(256, plan.shared_among(2).unwrap(), &[]).unwrap()
     }
 
     #[test]
@@ -250,7 +267,7 @@ mod tests {
         let mut source = running();
         while source.status().writes < 1000 {}
         source.pause();
-        let mut target = Machine::waiting(256).unwrap();
+        let mut target = Machine::waiting(256, &[]).unwrap();
         let (mut from, mut to) = (source.memory.try_clone().unwrap(), target.memory.try_clone().unwrap());
         std::io::copy(&mut from, &mut to).unwrap();
         assert_eq!(target.load(&source.save().unwrap()), Reply::Done);
@@ -267,7 +284,7 @@ mod tests {
     fn a_page_that_was_not_carried_is_found() {
         let mut source = running();
         source.pause();
-        let mut target = Machine::waiting(256).unwrap();
+        let mut target = Machine::waiting(256, &[]).unwrap();
         target.load(&source.save().unwrap());
         let Reply::Verified(report) = target.verify() else { panic!("no report") };
         assert!(report.wrong > 200, "{report}");
@@ -280,7 +297,7 @@ mod tests {
         assert_eq!(machine.pause(), Reply::Done);
         assert_eq!(machine.resume(), Reply::Done);
         assert_eq!(machine.phase(), Phase::Stopped);
-        let mut target = Machine::waiting(256).unwrap();
+        let mut target = Machine::waiting(256, &[]).unwrap();
         assert_eq!(target.load(&machine.save().unwrap()), Reply::Done);
         assert_eq!(target.run_loaded(), Reply::Done);
         assert_eq!(target.phase(), Phase::Stopped);

@@ -4,6 +4,8 @@ use std::os::fd::AsRawFd;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vmferry_datapath::limits::STATE_PIECE_BYTES;
+
 use super::machine::Machine;
 use super::state::state_bytes_max;
 use super::wire::{Identity, Reply, Request};
@@ -19,11 +21,12 @@ pub fn run(args: &WorkloadArgs) -> Result<(), GuestError> {
             args.ram
         )));
     }
+    args.check_devices()?;
     let socket = Socket::listen(&socket_path(&args.name)?, &format!("a workload '{}'", args.name))?;
     let machine = if args.incoming {
-        Machine::waiting(args.pages())?
+        Machine::waiting(args.pages(), &args.device)?
     } else {
-        Machine::running(args.pages(), args.plans()?)?
+        Machine::running(args.pages(), args.plans()?, &args.device)?
     };
     let (quit, quitting) = channel();
     let machine = Arc::new(Mutex::new(machine));
@@ -56,6 +59,11 @@ impl Client {
         let reply = match request {
             Request::Save => return self.save(),
             Request::Load { len } => return self.load(*len),
+            Request::DeviceRead { name, max } => return self.read_device(name, *max),
+            Request::DeviceWrite { name, len } => return self.write_device(name, *len),
+            Request::DeviceOpen { name } => self.machine().devices().open(name),
+            Request::DeviceRemaining { name } => self.machine().devices().remaining(name),
+            Request::DeviceFinish { name } => self.machine().devices().finish(name),
             Request::Quit => Reply::Done,
             Request::Describe => Reply::Identity(identity(&self.machine())),
             Request::Pause => self.machine().pause(),
@@ -87,6 +95,19 @@ impl Client {
         }
     }
 
+    fn read_device(&mut self, name: &str, max: u64) -> std::io::Result<()> {
+        let max = usize::try_from(max).unwrap_or(usize::MAX).min(STATE_PIECE_BYTES);
+        let (reply, bytes) = self.machine().devices().read(name, max);
+        self.line.send(&reply)?;
+        self.line.send_bytes(&bytes)
+    }
+
+    fn write_device(&mut self, name: &str, len: u64) -> std::io::Result<()> {
+        let bytes = self.line.receive_bytes(len, STATE_PIECE_BYTES as u64)?;
+        let reply = self.machine().devices().write(name, &bytes);
+        self.line.send(&reply)
+    }
+
     fn load(&mut self, len: u64) -> std::io::Result<()> {
         let max = state_bytes_max(self.machine().pages());
         let bytes = self.line.receive_bytes(len, max)?;
@@ -101,5 +122,6 @@ fn identity(machine: &Machine) -> Identity {
         memory_fd: machine.memory().as_raw_fd(),
         pages: machine.pages(),
         phase: machine.phase(),
+        devices: machine.device_plans(),
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vmferry_datapath::{Access, ByteLen, DirtyLog, GuestRam, PageSet};
 
 use super::client::WorkloadControl;
+use super::device_stream::{self, FakeDeviceStream};
 use super::wire::{Identity, Phase};
 use crate::attach::{self, BlockPlace, Watch};
 use crate::{Description, DeviceFacts, DeviceStream, GuestError, SourceGuest};
@@ -14,6 +15,7 @@ pub(crate) struct ProcessSource {
     control: WorkloadControl,
     identity: Identity,
     description: Description,
+    devices: Vec<DeviceFacts>,
     block: BlockPlace,
     ram: Arc<GuestRam>,
     watch: Option<Watch>,
@@ -39,7 +41,9 @@ impl ProcessSource {
         let place = identity.place(name, false)?;
         let layout = place.description.layout.clone();
         let ram = Arc::new(GuestRam::map(layout, vec![place.file], Access::ReadOnly)?);
-        Ok(Self { control, identity, description: place.description, block: place.block, ram, watch: None })
+        let devices = device_stream::facts(&identity);
+        let (description, block) = (place.description, place.block);
+        Ok(Self { control, identity, description, devices, block, ram, watch: None })
     }
 }
 
@@ -53,11 +57,15 @@ impl SourceGuest for ProcessSource {
     }
 
     fn devices(&self) -> &[DeviceFacts] {
-        &[]
+        &self.devices
     }
 
     fn device_streams(&mut self) -> Result<Vec<Box<dyn DeviceStream>>, GuestError> {
-        Ok(Vec::new())
+        let workload = &self.description.name;
+        let open = |device: &DeviceFacts| -> Result<Box<dyn DeviceStream>, GuestError> {
+            Ok(Box::new(FakeDeviceStream::open(workload, &device.name)?))
+        };
+        self.devices.iter().map(open).collect()
     }
 
     fn attach(&mut self) -> Result<Box<dyn DirtyLog>, GuestError> {
@@ -68,9 +76,12 @@ impl SourceGuest for ProcessSource {
     }
 
     fn pinned(&self) -> PageSet {
-        self.watch
+        let mut pinned = self
+            .watch
             .as_ref()
-            .map_or_else(|| PageSet::new(&self.description.layout), |watch| watch.pinned().clone())
+            .map_or_else(|| PageSet::new(&self.description.layout), |watch| watch.pinned().clone());
+        device_stream::add_pinned(&self.identity, &mut pinned);
+        pinned
     }
 
     fn direct_io_nodes(&self) -> &[String] {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vmferry_datapath::{Access, ByteLen, GuestRam};
 
 use super::client::WorkloadControl;
+use super::device_stream::{self, FakeDeviceSink};
 use super::state::state_bytes_max;
 use super::wire::{Identity, Phase};
 use crate::{Description, DeviceFacts, GuestError, TargetGuest};
@@ -14,6 +15,7 @@ pub(crate) struct ProcessTarget {
     control: WorkloadControl,
     identity: Identity,
     description: Description,
+    devices: Vec<DeviceFacts>,
     ram: Arc<GuestRam>,
 }
 
@@ -29,7 +31,8 @@ impl ProcessTarget {
         let place = identity.place(name, true)?;
         let layout = place.description.layout.clone();
         let ram = Arc::new(GuestRam::map(layout, vec![place.file], Access::ReadWrite)?);
-        Ok(Self { control, identity, description: place.description, ram })
+        let devices = device_stream::facts(&identity);
+        Ok(Self { control, identity, description: place.description, devices, ram })
     }
 }
 
@@ -43,11 +46,15 @@ impl TargetGuest for ProcessTarget {
     }
 
     fn devices(&self) -> &[DeviceFacts] {
-        &[]
+        &self.devices
     }
 
     fn device_sinks(&mut self) -> Result<Vec<Box<dyn Write + Send>>, GuestError> {
-        Ok(Vec::new())
+        let workload = &self.description.name;
+        let open = |device: &DeviceFacts| -> Result<Box<dyn Write + Send>, GuestError> {
+            Ok(Box::new(FakeDeviceSink::open(workload, &device.name)?))
+        };
+        self.devices.iter().map(open).collect()
     }
 
     fn prepare(&mut self) -> Result<(), GuestError> {

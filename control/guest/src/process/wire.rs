@@ -1,7 +1,7 @@
 //! The words of a workload's control socket: one JSON object a line, some followed by raw bytes.
 
 use serde::{Deserialize, Serialize};
-use vmferry_workload::Report;
+use vmferry_workload::{DevicePlan, Report};
 
 use crate::control::Answer;
 
@@ -33,6 +33,28 @@ pub(crate) enum Request {
         key: String,
         value: String,
     },
+    /// Begins a device's stream anew.
+    DeviceOpen {
+        name: String,
+    },
+    /// Answered by `Bytes`, `Idle` or `Ended`.
+    DeviceRead {
+        name: String,
+        max: u64,
+    },
+    /// Answered by `Remaining`.
+    DeviceRemaining {
+        name: String,
+    },
+    /// Followed by `len` raw bytes.
+    DeviceWrite {
+        name: String,
+        len: u64,
+    },
+    /// A device has its whole state.
+    DeviceFinish {
+        name: String,
+    },
     /// The owner's pause.
     Stop,
     /// Undoes `Stop`.
@@ -49,6 +71,14 @@ pub(crate) enum Reply {
     /// Followed by `len` raw bytes.
     Bytes {
         len: u64,
+    },
+    /// A device has nothing right now.
+    Idle,
+    /// A device's stream is over.
+    Ended,
+    Remaining {
+        expected: u64,
+        at_most: u64,
     },
     Status(WorkloadStatus),
     Verified(Report),
@@ -89,6 +119,7 @@ pub(crate) struct Identity {
     pub(crate) memory_fd: i32,
     pub(crate) pages: u64,
     pub(crate) phase: Phase,
+    pub(crate) devices: Vec<DevicePlan>,
 }
 
 /// A workload's view of itself.
@@ -108,4 +139,19 @@ pub struct WorkloadStatus {
     pub running_since_ns: u64,
     /// When they last stopped here.
     pub stopped_at_ns: u64,
+    /// Its fake devices.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// A fake device's view of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Its name.
+    pub name: String,
+    /// Of all its state, right now.
+    pub digest: u64,
+    /// Whether its state came in from elsewhere, whole and with the digest that the source had.
+    pub came_in: bool,
+    /// Pages that it wrote unseen and that do not hold what it wrote.
+    pub wrong_pinned_pages: u64,
 }

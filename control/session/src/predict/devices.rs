@@ -16,6 +16,10 @@ const LOAD_MEMORY: f64 = 0.97;
 /// The 95th percentile of a normal deviate: where `at_most` is put when a state's size is drawn.
 const Z95: f64 = 1.645;
 
+/// A state that is smaller and quicker than this is not worth an operator's time.
+const TOLD_BYTES: u64 = 1 << 20;
+const TOLD_MS: f64 = 5.0;
+
 /// What one device is expected to add.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DeviceForecast {
@@ -88,6 +92,8 @@ impl Devices {
     /// One sample of each device, at `page_ms` a page; the deviates come from `normal`.
     pub(super) fn draw(&self, page_ms: f64, error: f64, mut normal: impl FnMut() -> f64) -> Vec<DeviceDraw> {
         let page = count(PAGE_BYTES as u64);
+        // One for all: they load on the same host, and what is not known of one is not known of the others.
+        let loading = normal();
         let mut draw = |device: &DeviceReport| {
             let pinned = count(device.pinned.0) / page * page_ms * error;
             if !device.has_stream {
@@ -100,7 +106,7 @@ impl Devices {
             DeviceDraw {
                 bytes,
                 moving: bytes / page * page_ms,
-                loading: load.at(normal()),
+                loading: load.at(loading),
                 pinned,
                 shrinks: device.pre_copies,
             }
@@ -124,7 +130,7 @@ impl DeviceForecast {
         if self.pinned_bytes > 0 {
             said.push(format!("{} pins {}: {}", self.name, size(self.pinned_bytes), span(self.pinned)));
         }
-        if self.state.p95_ms > 0.0 {
+        if self.state_bytes >= TOLD_BYTES || self.state.p50_ms >= TOLD_MS {
             let bytes = size(self.state_bytes);
             said.push(format!("{} has {bytes} of state left: {}", self.name, span(self.state)));
         }

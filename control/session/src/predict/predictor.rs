@@ -59,6 +59,8 @@ struct Draw {
 struct Least {
     pages: f64,
     devices: f64,
+    /// Of the devices, what they load longer than the VMM.
+    loading: f64,
 }
 
 impl Predictor {
@@ -143,13 +145,15 @@ impl Predictor {
         let mut deviates = Deviates::new();
         let draws: Vec<Draw> = (0..SAMPLES).map(|_| self.draw(&mut deviates)).collect();
         let raw = interval(draws.iter().map(|draw| self.sum(draw, Draw::term)).collect());
-        let floor = interval(draws.iter().map(|draw| self.sum(draw, Draw::least_term)).collect());
+        let floor = interval(draws.iter().map(|draw| self.sum(draw, Draw::floor_term)).collect());
+        let least = interval(draws.iter().map(|draw| self.sum(draw, Draw::least_term)).collect());
         let of_term = |term: Term| interval(draws.iter().map(|draw| draw.term(term)).collect());
         let pages = whole(interval(draws.iter().map(|draw| draw.pages).collect()).p50_ms);
         Forecast {
             total: self.calibration.apply(raw),
             raw,
             floor: self.calibration.apply(floor),
+            least: self.calibration.apply(least),
             terms: LEARNED
                 .into_iter()
                 .chain([Term::Pages, Term::Devices, Term::Verify])
@@ -194,7 +198,8 @@ impl Predictor {
             terms.insert(Term::Devices, moving(|_| true) + last);
         }
         let pinned = if self.pinned > 0.0 { (flush_ms + self.pinned * page_ms) * error } else { 0.0 };
-        let least = Least { pages: pinned, devices: moving(|device| !device.shrinks) + last };
+        let devices_least = moving(|device| !device.shrinks) + last;
+        let least = Least { pages: pinned, devices: devices_least, loading: last };
         Draw { terms, pages, devices, least }
     }
 
@@ -213,6 +218,22 @@ impl Predictor {
 impl Draw {
     fn term(&self, term: Term) -> f64 {
         self.terms.get(&term).copied().unwrap_or(0.0)
+    }
+
+    /// The same, with nothing to send at all.
+    fn floor_term(&self, term: Term) -> f64 {
+        match term {
+            Term::Pages => 0.0,
+            Term::Devices => self.least.loading,
+            Term::Stop
+            | Term::Scan
+            | Term::Save
+            | Term::Close
+            | Term::Load
+            | Term::Handover
+            | Term::Run
+            | Term::Verify => self.term(term),
+        }
     }
 
     /// The same, had the rounds left nothing that they can send.
