@@ -9,9 +9,12 @@
 //! allocates nothing, follows no length that it did not check first, and refuses every field that its kind does
 //! not use. What must never happen: a length of the peer's that moves us past [`BODY_BYTES_MAX`].
 
-use thiserror::Error;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+mod fault;
+
+pub use fault::FrameFault;
 
 use crate::page::{CHUNK_BYTES, ChunkIndex, PAGE_BYTES};
 
@@ -79,6 +82,8 @@ pub enum Kind {
     End = 5,
     /// The other direction: what the receiver took in.
     Credit = 6,
+    /// Pages of one chunk that were written past the records, straight into the guest.
+    Placed = 7,
 }
 
 /// A record whose header holds together.
@@ -111,6 +116,15 @@ pub enum Record {
     End,
     /// What the receiver took in since the start.
     Credit(Credit),
+    /// Pages of one chunk that lie in the guest already: agreed on beforehand, or refused.
+    Placed {
+        /// The chunk.
+        chunk: ChunkIndex,
+        /// The pages that the record tells about.
+        present: u64,
+        /// Those that were written, at least one; the others are zero.
+        data: u64,
+    },
 }
 
 /// Pages of one chunk.
@@ -137,72 +151,9 @@ pub struct Credit {
     pub bytes: u64,
 }
 
-/// What is wrong with what the peer sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum FrameFault {
-    /// Not a record at all.
-    #[error("the bytes are not a vmferry record")]
-    BadMagic,
-    /// A version that nobody agreed on.
-    #[error("a record of version {0} came, but version {VERSION} was agreed on")]
-    BadVersion(u8),
-    /// A kind that does not exist.
-    #[error("a record of unknown kind {0} came")]
-    BadKind(u8),
-    /// A field that the kind does not use, or that contradicts another.
-    #[error("a record's {0} contradicts its kind")]
-    BadField(&'static str),
-    /// A body longer than any honest one.
-    #[error("a record announced a body of {0} bytes, more than {BODY_BYTES_MAX}")]
-    TooLong(u32),
-    /// Replayed, dropped or reordered.
-    #[error("record {got} came where record {expected} was due")]
-    OutOfOrder {
-        /// The number that was due.
-        expected: u64,
-        /// The number that came.
-        got: u64,
-    },
-    /// The tag does not match: altered on the way, or sealed with another key.
-    #[error("record {0} was altered on the way or sealed with another key")]
-    Forged(u64),
-    /// A page that the guest does not have.
-    #[error("a record names pages that the guest does not have")]
-    NoSuchPage,
-    /// A chunk or a state stream that belongs to another lane.
-    #[error("a chunk or a device's state came on a lane that it does not belong to")]
-    WrongLane,
-    /// A state stream that nobody agreed on.
-    #[error("state stream {0} came, which was not agreed on")]
-    UnknownStream(u16),
-    /// A kind that does not travel in this direction, on this lane or at this time.
-    #[error("a record of kind {0:?} came where none may come")]
-    Unexpected(Kind),
-    /// A body that does not decompress to its announced length.
-    #[error("a compressed body does not expand to its announced length")]
-    BadCompression,
-    /// Credit for more than was sent, or less than before.
-    #[error("credit came for records that were never sent")]
-    BadCredit,
-    /// A card of an RDMA link that no honest end sends.
-    #[error("a card of an RDMA link contradicts its kind")]
-    BadCard,
-    /// More bytes in an RDMA ring than there was room for.
-    #[error("the other host wrote past the room that it was given in the ring")]
-    RingOverrun,
-    /// The lane's totals are not what the control channel said.
-    #[error("the lane carried {got} records, but the other host counted {expected}")]
-    TotalsDiffer {
-        /// What the other host counted.
-        expected: u64,
-        /// What came.
-        got: u64,
-    },
-}
-
 impl Kind {
     fn from_wire(kind: u8) -> Option<Kind> {
-        [Kind::Chunk, Kind::ZeroRun, Kind::State, Kind::Sync, Kind::End, Kind::Credit]
+        [Kind::Chunk, Kind::ZeroRun, Kind::State, Kind::Sync, Kind::End, Kind::Credit, Kind::Placed]
             .into_iter()
             .find(|known| *known as u8 == kind)
     }
@@ -218,6 +169,7 @@ impl Record {
             Record::Sync => Kind::Sync,
             Record::End => Kind::End,
             Record::Credit(_) => Kind::Credit,
+            Record::Placed { .. } => Kind::Placed,
         }
     }
 
@@ -259,6 +211,10 @@ impl Record {
                 header.chunk = U64::new(credit.bytes);
                 header.amount = U64::new(credit.records);
             }
+            Record::Placed { chunk, present, data } => {
+                header.chunk = U64::new(chunk.0);
+                (header.present, header.data) = (U64::new(present), U64::new(data));
+            }
             Record::StateEnd { stream } => header.chunk = U64::new(u64::from(stream)),
             Record::Sync | Record::End => {}
         }
@@ -271,6 +227,21 @@ impl Record {
             Record::Chunk(chunk) => chunk.body_len as usize,
             Record::State { len, .. } => *len as usize,
             Record::ZeroRun { .. }
+            | Record::StateEnd { .. }
+            | Record::Sync
+            | Record::End
+            | Record::Credit(_)
+            | Record::Placed { .. } => 0,
+        }
+    }
+
+    /// Bytes that travelled beside the record.
+    pub(crate) fn placed_bytes(&self) -> u64 {
+        match self {
+            Record::Placed { data, .. } => u64::from(data.count_ones()) * 4096,
+            Record::Chunk(_)
+            | Record::ZeroRun { .. }
+            | Record::State { .. }
             | Record::StateEnd { .. }
             | Record::Sync
             | Record::End
@@ -311,6 +282,7 @@ impl RecordHeader {
             Kind::State => Record::State { stream: self.check_stream()?, len: self.body_len.get() },
             Kind::Sync => Record::Sync,
             Kind::End => Record::End,
+            Kind::Placed => self.check_placed()?,
             Kind::Credit => Record::Credit(Credit { records: self.amount.get(), bytes: self.chunk.get() }),
         };
         // Whatever the record does not use must be as we would have sent it: there is one way to say a thing.
@@ -320,6 +292,14 @@ impl RecordHeader {
 
     fn check_stream(&self) -> Result<u16, FrameFault> {
         u16::try_from(self.chunk.get()).map_err(|_| FrameFault::BadField("stream"))
+    }
+
+    fn check_placed(&self) -> Result<Record, FrameFault> {
+        let (present, data) = (self.present.get(), self.data.get());
+        if data == 0 || data & !present != 0 {
+            return Err(FrameFault::BadField("page mask"));
+        }
+        Ok(Record::Placed { chunk: ChunkIndex(self.chunk.get()), present, data })
     }
 
     fn check_chunk(&self) -> Result<ChunkRecord, FrameFault> {
@@ -373,7 +353,7 @@ pub fn first_record(arrived: &[u8], tag_bytes: usize) -> Result<Option<Framed>, 
 mod tests {
     use super::*;
 
-    fn records() -> [Record; 10] {
+    fn records() -> [Record; 11] {
         let chunk = ChunkRecord {
             chunk: ChunkIndex(7),
             present: 0b111,
@@ -392,6 +372,7 @@ mod tests {
             Record::Sync,
             Record::End,
             Record::Credit(Credit { records: 3, bytes: 4096 }),
+            Record::Placed { chunk: ChunkIndex(7), present: 0b111, data: 0b101 },
         ]
     }
 

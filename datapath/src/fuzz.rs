@@ -86,6 +86,7 @@ pub fn seed_stream(sealed: bool) -> Vec<u8> {
         Record::Chunk(ChunkRecord { body_len: 100, compressed: true, ..chunk }),
         Record::State { stream: 2, len: 300 },
         Record::StateEnd { stream: 0 },
+        Record::Placed { chunk: ChunkIndex(4), present: 0b11, data: 0b1 },
         Record::Sync,
         Record::Credit(Credit { records: 5, bytes: 4000 }),
         Record::End,
@@ -102,7 +103,7 @@ pub fn seed_stream(sealed: bool) -> Vec<u8> {
 }
 
 /// How many records [`seed_stream`] has.
-pub const SEED_RECORDS: usize = 8;
+pub const SEED_RECORDS: usize = 9;
 
 /// Changes `seed` as a fuzzer would: a few bytes flipped, cut, doubled or overwritten, all following from `state`.
 pub fn mutate(seed: &[u8], state: &mut u64) -> Vec<u8> {

@@ -274,6 +274,17 @@ impl GuestRam {
         Some(GuestRange { start, len, ram: PhantomData })
     }
 
+    /// A piece of a block, across chunks: for a card that reaches it by itself. `None` when it is not all inside.
+    #[cfg(feature = "rdma")]
+    pub(crate) fn span(&self, block: usize, at: u64, len: usize) -> Option<GuestRange<'_>> {
+        let map = self.maps.get(block)?;
+        let at = usize::try_from(at).ok()?;
+        at.checked_add(len).filter(|end| *end <= map.len)?;
+        // SAFETY: `at` lies inside the mapping, checked above.
+        let start = unsafe { map.base.as_ptr().add(at) };
+        Some(GuestRange { start, len, ram: PhantomData })
+    }
+
     /// Which of the pages in `mask` hold a byte that is not zero. Reads them: keep holes out of `mask`.
     pub fn data_pages(&self, chunk: ChunkIndex, mask: u64) -> u64 {
         let valid = mask & self.layout.valid_pages(chunk);

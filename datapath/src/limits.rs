@@ -29,6 +29,10 @@ pub const RDMA_RECEIVES: usize = 64;
 /// The ring that its peer writes to is this part of what a link is asked to hold, and comes on top of it: records are
 /// opened in a private copy, since no byte may be opened where the fabric can still change it.
 pub const RDMA_RING_PART: usize = 4;
+/// What a target in direct mode opens at once: the first page of it that comes locks all of it.
+pub const RDMA_REGION_BYTES: u64 = 4 << 20;
+/// Bytes that a lane in direct mode places before it tells of them.
+pub const RDMA_PLACED_UNTOLD: u64 = 1 << 20;
 /// The least that is written to a ring at once, unless less is left.
 pub const RDMA_PIECE_BYTES_MIN: usize = 64 << 10;
 
@@ -93,6 +97,10 @@ const _: () =
     assert!(TARGET_BYTES < BUDGET_BYTES / 2, "the target leaves half of the budget to everyone else");
 const _: () =
     assert!(RECEIVE_BYTES >= 2 * RECORD_BYTES_MAX, "a whole record must fit beside the next one's start");
+const _: () = assert!(
+    WINDOW_BYTES >= CREDIT_EVERY_BYTES + 2 * RDMA_PLACED_UNTOLD + RECORD_BYTES_MAX as u64,
+    "what was placed must be told before the window is full"
+);
 const _: () = assert!(
     WINDOW_BYTES >= 2 * CREDIT_EVERY_BYTES + RECORD_BYTES_MAX as u64,
     "credit must outrun the window"

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use crate::error::{DataError, LinkFault};
 use crate::frame::FrameFault;
+use crate::page::ChunkIndex;
 
 pub mod completion;
 pub mod contract;
@@ -105,6 +106,19 @@ pub trait Link: Send {
 
     /// Moves both directions on, waiting at most `wait` for something to happen. `Ok(false)` when nothing did.
     fn progress(&mut self, wait: Duration) -> Result<bool, LinkTrouble>;
+
+    /// Whether page bodies go past the records, straight into the target's guest: [`Link::place`] on the one end, and
+    /// records that tell of it believed on the other.
+    fn places(&self) -> bool {
+        false
+    }
+
+    /// Sends the bytes of these pages into the target's guest; what is submitted afterwards arrives after them.
+    /// `Ok(false)`: not now, and nothing was sent.
+    fn place(&mut self, _chunk: ChunkIndex, _pages: u64) -> Result<bool, LinkTrouble> {
+        let (service, fix) = ("write pages past the records", "report this as a bug: the link cannot");
+        Err(LinkTrouble::Refused { service, fix, errno: Errno::OPNOTSUPP })
+    }
 
     /// How it works, for people.
     fn name(&self) -> &'static str;

@@ -29,6 +29,7 @@ pub(crate) mod body;
 mod feed;
 pub(crate) mod lane;
 mod pacer;
+mod placing;
 
 pub use feed::StateFeed;
 

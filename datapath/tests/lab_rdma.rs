@@ -5,8 +5,14 @@
 #[path = "rdma/cable.rs"]
 mod cable;
 #[cfg(test)]
+#[path = "rdma/direct.rs"]
+mod direct;
+#[cfg(test)]
 #[path = "rdma/links.rs"]
 mod links;
+#[cfg(test)]
+#[path = "rdma/locked.rs"]
+mod locked;
 #[cfg(test)]
 #[expect(dead_code, reason = "the transfers over TCP and memory use the rest")]
 #[path = "transfer/world.rs"]

@@ -23,25 +23,32 @@ use super::completion::CompletionStatus;
 use super::{Breaker, Link, LinkPlan, LinkTrouble};
 use crate::error::LinkFault;
 use crate::frame::FrameFault;
+use crate::guest_ram::GuestRam;
 use crate::limits::{RDMA_PIECE_BYTES_MIN, RDMA_RING_PART, RDMA_SENDS};
+use crate::page::ChunkIndex;
 
 mod cm;
 mod error;
 mod inbox;
 pub mod memlock;
+mod placement;
 mod verbs;
 mod wire;
 
 pub use cm::{HELLO_BYTES_MAX, RdmaConnection, RdmaKnock, RdmaListener};
 pub use error::RdmaError;
+pub use placement::OpenRam;
 
 use cm::{Connection, Notice};
 use inbox::Inbox;
+use placement::{Place, Placer, cannot_open};
 use verbs::{Done, Reach, Region};
 use wire::{Immediate, Note, Window, low_bits, total_of};
 
 /// Requests that are kept free for credit and notes.
 const SENDS_RESERVED: usize = 8;
+/// Notes that may wait to be sent; a peer that asks for more than it listens to is none.
+const NOTES_MAX: usize = 64;
 
 /// A slot on its way: how much of it was posted.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +63,8 @@ struct Outgoing {
 enum Posted {
     /// A piece of a slot.
     Slot(usize),
+    /// A run of pages, on its way into the target's guest.
+    Placed(usize),
     /// Credit: at most one is on its way.
     Credit,
     /// A note.
@@ -67,14 +76,29 @@ enum Posted {
 pub struct RdmaCount {
     /// Work requests posted for sending.
     pub requests: u64,
+    /// Of those, runs of pages that went straight into a guest.
+    pub placed: u64,
     /// Of those, the ones that carried bytes of slots.
     pub writes: u64,
     /// Times that the lane slept.
     pub sleeps: u64,
 }
 
+/// What goes past the records.
+enum Mode {
+    /// Nothing.
+    Sealed,
+    /// This end writes pages into the peer's guest.
+    Placing(Box<Placer>),
+    /// The peer writes pages into this end's guest.
+    Open(Arc<OpenRam>),
+}
+
 /// A link over a connected queue pair.
 pub struct RdmaLink {
+    mode: Mode,
+    /// The slot that was handed out and not submitted: the lane is filling it.
+    lent: Option<usize>,
     connection: Arc<Connection>,
     established: bool,
     buffers: Option<Buffers>,
@@ -105,8 +129,26 @@ impl RdmaLink {
     /// A link in sealed mode.
     #[must_use]
     pub fn new(connection: RdmaConnection) -> RdmaLink {
+        RdmaLink::of_mode(connection, Mode::Sealed)
+    }
+
+    /// The source's end of a link in direct mode. Both sides must have agreed on it.
+    #[must_use]
+    pub fn placing(connection: RdmaConnection, ram: Arc<GuestRam>) -> RdmaLink {
+        RdmaLink::of_mode(connection, Mode::Placing(Box::new(Placer::new(ram))))
+    }
+
+    /// The target's end of a link in direct mode; all lanes share `ram`. Both sides must have agreed on it.
+    #[must_use]
+    pub fn open(connection: RdmaConnection, ram: Arc<OpenRam>) -> RdmaLink {
+        RdmaLink::of_mode(connection, Mode::Open(ram))
+    }
+
+    fn of_mode(connection: RdmaConnection, mode: Mode) -> RdmaLink {
         let RdmaConnection { inner, established } = connection;
         RdmaLink {
+            mode,
+            lent: None,
             connection: inner,
             established,
             buffers: None,
@@ -131,7 +173,10 @@ impl RdmaLink {
     fn is_free(&self, slot: usize) -> bool {
         self.buffers.as_ref().is_some_and(|buffers| slot < buffers.slot_count)
             && self.queue.iter().all(|out| out.slot != slot)
-            && !self.posted.contains(&Posted::Slot(slot))
+            && !self
+                .posted
+                .iter()
+                .any(|posted| *posted == Posted::Slot(slot) || *posted == Posted::Placed(slot))
     }
 
     /// Keeps the first fault; bytes that arrived before it are still handed out.
@@ -168,9 +213,11 @@ impl RdmaLink {
         let mut any = false;
         while let Some(done) = self.connection.queue_pair.poll().map_err(cannot_post)? {
             match done {
-                Done::Sent => any |= matches!(self.posted.pop_front(), Some(Posted::Slot(_))),
+                Done::Sent => {
+                    any |= matches!(self.posted.pop_front(), Some(Posted::Slot(_) | Posted::Placed(_)));
+                }
                 Done::Immediate(wire) => self.immediate(Immediate::from_wire(wire))?,
-                Done::Note(slot) => self.note(slot)?,
+                Done::Note(slot) => any |= self.note(slot)?,
                 Done::Failed(status) => self.failed(status),
                 Done::Over => self.over = true,
             }
@@ -201,16 +248,25 @@ impl RdmaLink {
         fits.map_err(LinkTrouble::Broken)
     }
 
-    fn note(&mut self, slot: usize) -> Result<(), LinkTrouble> {
+    /// Takes in a note; whether it lets the lane go on.
+    fn note(&mut self, slot: usize) -> Result<bool, LinkTrouble> {
         let note = Note::parse(&self.connection.queue_pair.note(slot)).map_err(LinkTrouble::Broken)?;
         self.connection.queue_pair.post_receive(slot).map_err(cannot_post)?;
-        match note {
-            Note::Ring(window) if self.ring.is_none() => self.ring = Some(window),
-            Note::Ring(_) | Note::Want(_) | Note::Region(..) => {
-                return Err(LinkTrouble::Broken(FrameFault::BadCard));
+        let broken = Err(LinkTrouble::Broken(FrameFault::BadCard));
+        match (note, &mut self.mode) {
+            (Note::Ring(window), _) if self.ring.is_none() => self.ring = Some(window),
+            (Note::Want(region), Mode::Open(ram)) if self.notes.len() < NOTES_MAX => {
+                match ram.open(&self.connection, region).map_err(cannot_open)? {
+                    Some(window) => self.notes.push_back(Note::Region(region, window)),
+                    None => return broken,
+                }
             }
+            (Note::Region(region, window), Mode::Placing(placer)) => {
+                return if placer.told(region, window) { Ok(true) } else { broken };
+            }
+            (Note::Ring(_) | Note::Want(_) | Note::Region(..), _) => return broken,
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Posts what may be posted: notes, credit, and as much of the slots as the peer's ring has room for.
@@ -321,12 +377,14 @@ impl Link for RdmaLink {
         if !self.is_free(slot) {
             return &mut [];
         }
+        self.lent = Some(slot);
         let Some(buffers) = self.buffers.as_mut() else { return &mut [] };
         buffers.slots.bytes_mut(slot * buffers.slot_bytes, buffers.slot_bytes)
     }
 
     fn submit(&mut self, slot: usize, len: usize) -> Result<(), LinkTrouble> {
         self.check()?;
+        self.lent = None;
         self.queue.push_back(Outgoing { slot, posted: 0, len });
         self.pump()?;
         self.check()
@@ -369,8 +427,27 @@ impl Link for RdmaLink {
         self.pump()
     }
 
+    fn places(&self) -> bool {
+        !matches!(self.mode, Mode::Sealed)
+    }
+
+    fn place(&mut self, chunk: ChunkIndex, pages: u64) -> Result<bool, LinkTrouble> {
+        self.pump()?;
+        self.check()?;
+        let Mode::Placing(placer) = &mut self.mode else { return Err(cannot_open(Errno::OPNOTSUPP)) };
+        match placer.place_of(chunk) {
+            Place::There(address, key) => self.post_pages(chunk, pages, address, key).map_err(cannot_post),
+            Place::Soon => Ok(false),
+            Place::Nowhere => Err(cannot_open(Errno::INVAL)),
+            Place::Ask(region) => {
+                self.notes.push_back(Note::Want(region));
+                self.pump().map(|_| false)
+            }
+        }
+    }
+
     fn name(&self) -> &'static str {
-        "rdma (sealed)"
+        if self.places() { "rdma (direct)" } else { "rdma (sealed)" }
     }
 }
 

@@ -119,9 +119,10 @@ impl ReceiveLane {
             self.take(&framed)?;
             self.kit.link.consume(framed.len);
             self.taken.records += 1;
-            self.taken.bytes += framed.len as u64;
+            let bytes = framed.len as u64 + framed.record.placed_bytes();
+            self.taken.bytes += bytes;
             self.kit.gauge.records.add(1);
-            self.kit.gauge.wire_bytes.add(framed.len as u64);
+            self.kit.gauge.wire_bytes.add(bytes);
             if framed.record == Record::End {
                 self.end()?;
             }
@@ -154,6 +155,14 @@ impl ReceiveLane {
                 target.write_chunk(&chunk, body).map_err(|refusal| refusal.on_lane(lane))?;
                 self.kit.gauge.data_pages.add(u64::from(chunk.data.count_ones()));
                 self.kit.gauge.zero_pages.add(u64::from((chunk.present & !chunk.data).count_ones()));
+            }
+            Record::Placed { chunk, present, data } => {
+                if !self.kit.link.places() {
+                    return Err(blame(FrameFault::Unexpected(Kind::Placed)));
+                }
+                target.placed(chunk, present, data).map_err(|refusal| refusal.on_lane(lane))?;
+                self.kit.gauge.data_pages.add(u64::from(data.count_ones()));
+                self.kit.gauge.zero_pages.add(u64::from((present & !data).count_ones()));
             }
             Record::ZeroRun { first, count } => {
                 let pages = target.zero_run(first, count).map_err(|refusal| refusal.on_lane(lane))?;
@@ -266,6 +275,20 @@ impl Target<'_> {
             done(self.ram.write_pages(chunk, record.data, body))?;
             word.store(written | record.data, Ordering::Relaxed);
         }
+        Ok(())
+    }
+
+    /// Pages that the source's card has written already: from now on they may hold something. Its others are zeroed.
+    fn placed(&self, chunk: ChunkIndex, present: u64, data: u64) -> Result<(), Refusal> {
+        if chunk.0 % self.lanes != self.lane {
+            return Err(Refusal::Peer(FrameFault::WrongLane));
+        }
+        if present & !self.ram.layout().valid_pages(chunk) != 0 {
+            return Err(Refusal::Peer(FrameFault::NoSuchPage));
+        }
+        self.zero(chunk, present & !data)?;
+        let word = self.written.word(chunk).ok_or(Refusal::Peer(FrameFault::NoSuchPage))?;
+        word.store(word.load(Ordering::Relaxed) | data, Ordering::Relaxed);
         Ok(())
     }
 

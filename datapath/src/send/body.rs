@@ -40,6 +40,18 @@ impl SentHashes {
         }
     }
 
+    /// These pages were sent a moment ago. What changed since differs from what the other host holds or will be sent
+    /// again, so a hash of now is never taken for an older page.
+    pub(crate) fn keep_pages(&self, ram: &GuestRam, chunk: ChunkIndex, pages: u64) {
+        let mut page = [0; PAGE_BYTES];
+        for bit in bits(pages) {
+            let index = PageIndex(chunk.first_page().0 + u64::from(bit));
+            if ram.read_page(index, &mut page).is_ok() {
+                self.set(chunk, bit, hash(&page));
+            }
+        }
+    }
+
     /// These pages were sent as zero.
     pub(crate) fn keep_zero(&self, chunk: ChunkIndex, pages: u64) {
         let zero = hash(&[0; PAGE_BYTES]);

@@ -19,11 +19,12 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, select};
 use super::body::BodyMaker;
 use super::feed::StateOrder;
 use super::pacer::Pacer;
+use super::placing::ToldZero;
 use crate::error::{DataError, LinkFault};
 use crate::frame::{ChunkRecord, Credit, FrameFault, HEADER_BYTES, Record, TAG_BYTES, first_record};
 use crate::guest_ram::GuestRam;
 use crate::lane::LaneKit;
-use crate::limits::{IDLE, ORDER_CHUNKS, STALL_MAX, TICK};
+use crate::limits::{IDLE, ORDER_CHUNKS, RDMA_PLACED_UNTOLD, STALL_MAX, TICK};
 use crate::page::ChunkIndex;
 use crate::seal::Source;
 
@@ -85,6 +86,9 @@ pub(crate) struct SendLane {
     open: Option<(usize, usize)>,
     /// Zero chunks that are not written out yet: the first, and how many.
     zero_run: Option<(ChunkIndex, u64)>,
+    told_zero: ToldZero,
+    /// Bytes that were placed and not told of.
+    untold: u64,
     sent_bytes: u64,
     credit: Credit,
     ended: bool,
@@ -99,6 +103,8 @@ impl SendLane {
         window: u64,
         states: Receiver<StateOrder>,
     ) -> SendLane {
+        let chunks = ram.layout().chunk_count();
+        let told_zero = ToldZero::new(kit.link.places(), chunks, kit.lanes);
         SendLane {
             kit,
             ram,
@@ -109,6 +115,8 @@ impl SendLane {
             states,
             open: None,
             zero_run: None,
+            told_zero,
+            untold: 0,
             sent_bytes: 0,
             credit: Credit::default(),
             ended: false,
@@ -195,6 +203,9 @@ impl SendLane {
         self.write_zero_run()?;
         self.kit.gauge.data_pages.add(u64::from(data.count_ones()));
         self.kit.gauge.zero_pages.add(u64::from((pages & !data).count_ones()));
+        if self.kit.link.places() {
+            return self.place_chunk(chunk, pages, data);
+        }
         let body_len = data.count_ones() * 4096;
         let mut record = ChunkRecord { chunk, present: pages, data, body_len, compressed: false };
         let (slot, filled) = self.room_for(HEADER_BYTES + body_len as usize + TAG_BYTES)?;
@@ -208,6 +219,29 @@ impl SendLane {
         self.emit(&Record::Chunk(record), source)
     }
 
+    /// Writes the pages straight into the target's guest, and tells of them behind.
+    fn place_chunk(&mut self, chunk: ChunkIndex, pages: u64, data: u64) -> Result<(), DataError> {
+        if self.told_zero.holds(chunk, data) {
+            self.send_and_hear(&Record::Sync)?;
+        }
+        let number = self.kit.number;
+        while !self.kit.link.place(chunk, data).map_err(|trouble| self.blame(trouble.on_lane(number)))? {
+            self.wait()?;
+        }
+        if let Some(hashes) = self.body.hashes() {
+            hashes.keep_pages(&self.ram, chunk, data);
+            hashes.keep_zero(chunk, pages & !data);
+        }
+        let record = Record::Placed { chunk, present: pages, data };
+        let placed = record.placed_bytes();
+        self.kit.gauge.wire_bytes.add(placed);
+        self.sent_bytes += placed;
+        self.untold += placed;
+        self.told_zero.add(chunk, pages & !data);
+        self.emit(&record, Source::InPlace)?;
+        if self.untold >= RDMA_PLACED_UNTOLD { self.ship() } else { Ok(()) }
+    }
+
     fn send_zero(&mut self, chunk: ChunkIndex, pages: u64) -> Result<(), DataError> {
         let pages = pages & self.ram.layout().valid_pages(chunk);
         if pages == 0 {
@@ -217,6 +251,7 @@ impl SendLane {
             hashes.keep_zero(chunk, pages);
         }
         self.kit.gauge.zero_pages.add(u64::from(pages.count_ones()));
+        self.told_zero.add(chunk, pages);
         if pages != self.ram.layout().valid_pages(chunk) {
             self.write_zero_run()?;
             let record = ChunkRecord { chunk, present: pages, data: 0, body_len: 0, compressed: false };
@@ -263,13 +298,20 @@ impl SendLane {
     /// Sends a record that asks for credit, and answers when the receiver has taken in all there is.
     fn send_last(&mut self, record: &Record, done: &Sender<()>) -> Result<(), DataError> {
         while self.state_turn()? {}
+        self.send_and_hear(record)?;
+        // Nobody may be left to hear it.
+        let _ = done.send(());
+        Ok(())
+    }
+
+    /// Sends a record that asks for credit, and waits until the receiver has taken in all there is.
+    fn send_and_hear(&mut self, record: &Record) -> Result<(), DataError> {
         self.emit(record, Source::InPlace)?;
         self.settle()?;
         while self.credit.records < self.kit.sealer.records() || self.kit.link.unsent() > 0 {
             self.wait()?;
         }
-        // Nobody may be left to hear it.
-        let _ = done.send(());
+        self.told_zero.clear();
         Ok(())
     }
 
@@ -320,7 +362,8 @@ impl SendLane {
         while self.sent_bytes.saturating_sub(self.credit.bytes) > self.window {
             self.wait()?;
         }
-        self.pace(filled)?;
+        let placed = usize::try_from(std::mem::take(&mut self.untold)).unwrap_or(usize::MAX);
+        self.pace(filled.saturating_add(placed))?;
         let number = self.kit.number;
         self.kit.link.submit(slot, filled).map_err(|trouble| self.blame(trouble.on_lane(number)))?;
         self.take_credit()

@@ -24,7 +24,7 @@ fn far() -> SocketAddr {
 }
 
 /// Two connected ends, with the hello checked.
-fn connected() -> (RdmaConnection, RdmaConnection) {
+pub(crate) fn connected() -> (RdmaConnection, RdmaConnection) {
     let far = far();
     let listener = RdmaListener::bind(far).unwrap();
     let dialled = std::thread::spawn(move || RdmaConnection::connect(far, b"hello", WITHIN).unwrap());

@@ -61,9 +61,9 @@ pub fn check(needed: u64) -> Result<(), MemlockTooLow> {
     compare(needed, getrlimit(Resource::Memlock).current, is_privileged())
 }
 
-/// Whether this process is above the limit.
+/// Whether this thread is above the limit.
 fn is_privileged() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let mask = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
     mask.is_some_and(|mask| mask >> CAP_IPC_LOCK & 1 == 1)

@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use super::cm::CmId;
 use super::error::{FIX_CARD, FIX_LOCKED, RdmaError, refused};
 use super::wire::{CARD_BYTES, Card, Window};
+use crate::guest_ram::GuestRange;
 use crate::limits::{RDMA_RECEIVES, RDMA_SENDS};
 use crate::link::completion::CompletionStatus;
 use crate::link::ring::{Mapped, map_slots};
@@ -140,6 +141,8 @@ pub(super) enum Reach {
     Local,
     /// The peer writes to it.
     PeerWrites,
+    /// The peer writes to it, and the card faults pages in as it needs them.
+    PeerWritesOnDemand,
 }
 
 impl Reach {
@@ -150,6 +153,7 @@ impl Reach {
         let flags = match self {
             Reach::Local => local,
             Reach::PeerWrites => peer,
+            Reach::PeerWritesOnDemand => peer | access::IBV_ACCESS_ON_DEMAND.0,
         };
         i32::try_from(flags).unwrap_or(0)
     }
@@ -162,6 +166,15 @@ impl Key {
         // SAFETY: the library only hands the range to the kernel, which refuses what is not mapped.
         let key = unsafe { sys::ibv_reg_mr(pd, start.cast(), len, reach.flags()) };
         NonNull::new(key).map(Key).ok_or_else(last_errno)
+    }
+
+    /// Registers guest memory. The card reads and writes it beside the guest, as any device does.
+    pub(super) fn of_guest(
+        queue_pair: &QueuePair,
+        range: &GuestRange<'_>,
+        reach: Reach,
+    ) -> Result<Key, Errno> {
+        Key::register(queue_pair, range.as_ptr().cast_mut(), range.len(), reach)
     }
 
     fn raw(&self) -> sys::ibv_mr {
@@ -312,6 +325,24 @@ impl QueuePair {
     fn protection_domain(&self) -> *mut sys::ibv_pd {
         // SAFETY: the queue pair lives as long as we do.
         unsafe { (*self.queue.as_ptr()).pd }
+    }
+
+    /// Whether keys of the other one are good here.
+    pub(super) fn shares_keys_with(&self, other: &QueuePair) -> bool {
+        self.protection_domain() == other.protection_domain()
+    }
+
+    /// Whether the card can fault guest pages in by itself when a peer writes them.
+    pub(super) fn writes_on_demand(&self) -> bool {
+        let mut attributes = MaybeUninit::<sys::ibv_device_attr_ex>::zeroed();
+        // SAFETY: the queue pair lives as long as we do.
+        let verbs = unsafe { (*self.queue.as_ptr()).context };
+        // SAFETY: an open device, and room for the answer.
+        let asked = unsafe { sys::ibv_query_device_ex(verbs, std::ptr::null(), attributes.as_mut_ptr()) };
+        // SAFETY: plain numbers, zeroed before the call filled them in.
+        let attributes = unsafe { attributes.assume_init() };
+        let write = sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_WRITE.0;
+        asked == 0 && attributes.odp_caps.per_transport_caps.rc_odp_caps & write != 0
     }
 
     /// Lets the peer wait 0.64 ms, and not the default 655 ms, when no receive is posted.

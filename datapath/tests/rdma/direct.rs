@@ -1,0 +1,85 @@
+//! Direct mode: pages written straight into the target's guest.
+
+use std::sync::Arc;
+
+use vmferry_datapath::error::Blame;
+use vmferry_datapath::*;
+
+use crate::links::connected;
+use crate::world::{self, SEALED, assert_same, empty_ram, end, fill, noise_page, plan, send_everything, yes};
+
+/// The lanes' ends of a transfer in direct mode, and what the target opened.
+fn direct(
+    source: &Arc<GuestRam>,
+    target: &Arc<GuestRam>,
+    cipher: Cipher,
+    lanes: usize,
+) -> (world::Ends, Arc<OpenRam>) {
+    let open = OpenRam::new(Arc::clone(target));
+    let lane = |n| {
+        let (a, b) = connected();
+        let placing = RdmaLink::placing(a, Arc::clone(source));
+        let opened = RdmaLink::open(b, Arc::clone(&open));
+        (end(placing, cipher, n, true), end(opened, cipher, n, false))
+    };
+    ((0..lanes).map(lane).unzip(), open)
+}
+
+const BLOCKS: [u64; 3] = [64 * 40 + 7, 1, 64];
+
+#[test]
+fn everything_arrives_and_zeroes_stay_zero() {
+    for (cipher, lanes) in [(SEALED, 2), (Cipher::Plain, 1)] {
+        let (source, target) = (empty_ram(&BLOCKS), empty_ram(&BLOCKS));
+        fill(&source, 11);
+        let (ends, open) = direct(&source, &target, cipher, lanes);
+        let (mut receiver, _state) = Receiver::start(Arc::clone(&target), ends.1, cipher).unwrap();
+        let mut sender = Sender::start(Arc::clone(&source), ends.0, plan(cipher)).unwrap();
+        send_everything(&mut sender, &source);
+        sender.flush().unwrap();
+        assert_same(&source, &target);
+        let totals = sender.finish().unwrap();
+        assert!(receiver.wait_complete(&totals, &mut yes()).unwrap());
+        assert_eq!((sender.failure(), receiver.failure()), (None, None));
+        let (out, into) = (sender.meter(), receiver.meter());
+        assert_eq!(out.wire_bytes, into.wire_bytes);
+        assert!(out.wire_bytes > out.data_pages * 4096, "what was placed counts as sent");
+        println!("lab: {} regions open for {} data pages", open.opened(), out.data_pages);
+    }
+}
+
+#[test]
+fn a_zero_that_is_on_its_way_never_wipes_out_a_newer_page() {
+    let (source, target) = (empty_ram(&[64 * 4]), empty_ram(&[64 * 4]));
+    let (ends, _open) = direct(&source, &target, SEALED, 1);
+    let (_receiver, _state) = Receiver::start(Arc::clone(&target), ends.1, SEALED).unwrap();
+    let mut sender = Sender::start(Arc::clone(&source), ends.0, plan(SEALED)).unwrap();
+    let all = PageSet::full(source.layout());
+    for round in 0..24_u64 {
+        for page in 0..64 * 4 {
+            let zero = (page + round) % 3 == 0;
+            let bytes = if zero { [0; PAGE_BYTES] } else { noise_page(round << 20 | page) };
+            source.write_page(PageIndex(page), &bytes).unwrap();
+        }
+        // No flush between the rounds: zeroes and pages of both are on their way at the same time.
+        sender.send(&all, &mut yes()).unwrap();
+    }
+    sender.flush().unwrap();
+    assert_same(&source, &target);
+}
+
+#[test]
+fn what_a_target_did_not_agree_to_is_refused() {
+    let (source, target) = (empty_ram(&[64]), empty_ram(&[64]));
+    source.write_page(PageIndex(3), &noise_page(3)).unwrap();
+    let (a, b) = connected();
+    let placing = end(RdmaLink::placing(a, Arc::clone(&source)), SEALED, 0, true);
+    let sealed = end(RdmaLink::new(b), SEALED, 0, false);
+    let (receiver, mut state) = Receiver::start(Arc::clone(&target), vec![sealed], SEALED).unwrap();
+    let mut sender = Sender::start(Arc::clone(&source), vec![placing], plan(SEALED)).unwrap();
+    let sent = sender.send(&PageSet::full(source.layout()), &mut yes()).and_then(|_| sender.flush());
+    assert_eq!(sent.unwrap_err().blame(), Blame::Link);
+    assert!(std::io::Read::read(&mut state, &mut [0; 1]).is_err());
+    assert_eq!(receiver.failure().map(|failure| failure.blame()), Some(Blame::Peer));
+    assert!(target.populated().unwrap().is_empty(), "nothing was written");
+}
