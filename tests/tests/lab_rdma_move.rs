@@ -74,14 +74,43 @@ fn a_sealed_move_takes_every_page_along() {
     println!("lab: sealed over rdma: blackout {} ms", sent.report["blackout_ms"]);
 }
 
+/// On both sides, or on neither.
+const DIRECT: &[&str] = &["--rdma-direct-plaintext"];
+
+#[test]
+fn a_direct_move_takes_every_page_along() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
+    let (receiving, address) = receive(&target.spec(), &[&tls(&pki), DIRECT].concat(), "");
+    let words = [&tls(&pki), FORCE, DIRECT, &["--verify", "--lanes", "2"]].concat();
+    let sent = send(&source.spec(), &address, &words, "").done();
+    assert_moved(&sent, &receiving.done(), &target);
+    assert_eq!(sent.report["verified"], true);
+    println!("lab: direct over rdma: blackout {} ms", sent.report["blackout_ms"]);
+}
+
+#[test]
+fn pages_in_clear_on_one_side_only_are_refused() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
+    for (ours, theirs) in [(DIRECT, &[][..]), (&[][..], DIRECT)] {
+        let (receiving, address) = receive(&target.spec(), &[&tls(&pki), theirs].concat(), "");
+        let sent = send(&source.spec(), &address, &[&tls(&pki), FORCE, ours].concat(), "").done();
+        assert_eq!(sent.code(), 78, "{}", sent.stderr);
+        assert!(sent.sentence().contains("--rdma-direct-plaintext to both sides"), "{}", sent.stderr);
+        drop(receiving);
+        assert_runs_on(&source);
+    }
+}
+
 /// Cuts the cable while the source holds in each of these phases.
-fn cut_in(phases: &[&str]) {
+fn cut_in(phases: &[&str], mode: &[&str]) {
     let pki = Pki::new(FAR);
     let source = Workload::run(RAM, PLAN);
     for phase in phases {
         let target = Workload::incoming(RAM);
-        let (receiving, address) = receive(&target.spec(), &tls(&pki), "");
-        let words = [&tls(&pki), FORCE].concat();
+        let (receiving, address) = receive(&target.spec(), &[&tls(&pki), mode].concat(), "");
+        let words = [&tls(&pki), FORCE, mode].concat();
         let mut sending = send(&source.spec(), &address, &words, &format!("send:{phase}:300"));
         sending.wait_line("holding at");
         let cut = Cut::now();
@@ -99,17 +128,22 @@ fn cut_in(phases: &[&str]) {
 
 #[test]
 fn a_cut_before_the_blackout_leaves_the_source_running() {
-    cut_in(&["negotiate", "prepare", "copy"]);
+    cut_in(&["negotiate", "prepare", "copy"], &[]);
 }
 
 #[test]
 fn a_cut_in_the_blackout_leaves_the_source_running() {
-    cut_in(&["pause", "last-round", "close-lanes"]);
+    cut_in(&["pause", "last-round", "close-lanes"], &[]);
 }
 
 #[test]
 fn a_cut_around_the_seal_leaves_the_source_running_or_in_doubt() {
-    cut_in(&["target-load", "seal"]);
+    cut_in(&["target-load", "seal"], &[]);
+}
+
+#[test]
+fn a_cut_in_direct_mode_leaves_the_source_running() {
+    cut_in(&["copy", "last-round"], DIRECT);
 }
 
 #[test]

@@ -82,6 +82,10 @@ pub struct SecurityArgs {
 /// How lanes over RDMA are used.
 #[derive(Debug, Clone, Args)]
 pub struct RdmaArgs {
+    /// Over RDMA, write pages in clear, straight into the target's guest; records stay sealed. Only for fabrics that
+    /// encrypt in the card. Both sides must give it; the target locks all of the guest's memory unless its card pages by itself.
+    #[arg(long)]
+    pub rdma_direct_plaintext: bool,
     /// When the RDMA link cannot be made, or is lost before Commit, try once more over this. Give it to both sides.
     #[arg(long, value_enum, value_name = "tcp")]
     pub rdma_fallback: Option<Fallback>,
@@ -298,6 +302,7 @@ mod tests {
             "vmferry microvm --name a --kernel /boot/vmlinuz --initramfs root.cpio --append quiet --ram 128MiB --dirty ring --cpu-features host,-avx2",
             "vmferry microvm --name b --incoming --console none --beat unix:/run/beat",
             "vmferry receive --listen rdma://192.0.2.7:7700 --guest process:b --tls-dir pki --rdma-fallback tcp",
+            "vmferry send --guest process:a --to rdma://192.0.2.7:7700 --tls-dir pki --rdma-direct-plaintext",
             "vmferry send --guest process:a --to rdma:192.0.2.7:7700 --tls-dir pki --rdma-fallback tcp",
             "vmferry send --guest qemu:/run/a.qmp --to tcp://127.0.0.1:7700 --tls-dir pki --failover auto --failover-standby virtio-net-pci,for=vf0,id=net0,netdev=n0,bus=rp2 --unplug-timeout 5s --on-unplug-timeout wait",
             "vmferry receive --listen tcp://127.0.0.1:7700 --guest qemu:/run/b.qmp --tls-dir pki --failover-primary vfio-pci,host=0000:01:10.0,id=vf0",

@@ -10,4 +10,4 @@ mod built;
 #[path = "fabric/absent.rs"]
 mod built;
 
-pub use built::{Lane, Listener, check_memlock};
+pub use built::{Direct, Lane, Listener, check_memlock, check_memlock_of_target};

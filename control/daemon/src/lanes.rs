@@ -1,11 +1,12 @@
 //! Opening the lanes of one attempt: how many, on which CPUs, with which keys.
 
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
-use vmferry_datapath::{LaneEnd, Link, TcpLink};
+use vmferry_datapath::{GuestRam, LaneEnd, Link, TcpLink};
 use vmferry_session::{Agreement, AttemptId, LaneTransport};
 
 use crate::channel::{ControlChannel, dial};
@@ -80,28 +81,29 @@ impl LaneWire {
     pub fn fits(&self, agreed: LaneTransport) -> bool {
         match self {
             LaneWire::Tcp(_) => agreed == LaneTransport::Tcp,
-            LaneWire::Rdma(_) => agreed == LaneTransport::RdmaSealed,
+            LaneWire::Rdma(_) => matches!(agreed, LaneTransport::RdmaSealed | LaneTransport::RdmaDirect),
         }
     }
 
-    fn into_link(self) -> Box<dyn Link> {
+    fn into_link(self, direct: Option<&fabric::Direct>) -> Box<dyn Link> {
         match self {
             LaneWire::Tcp(stream) => Box::new(TcpLink::new(stream)),
-            LaneWire::Rdma(lane) => lane.into_link(),
+            LaneWire::Rdma(lane) => lane.into_link(direct),
         }
     }
 }
 
-/// One lane's link, keys and CPU.
+/// One lane's link, keys and CPU; in direct mode with the guest that it reaches.
 pub fn lane_end(
     channel: &ControlChannel,
     attempt: &AttemptId,
     lane: u16,
     wire: LaneWire,
+    direct: Option<&fabric::Direct>,
     cpus: &[usize],
 ) -> Result<LaneEnd, Failure> {
     let cpu = (!cpus.is_empty()).then(|| cpus[usize::from(lane) % cpus.len()]);
-    Ok(LaneEnd { link: wire.into_link(), keys: channel.lane_keys(attempt, lane)?, cpu })
+    Ok(LaneEnd { link: wire.into_link(direct), keys: channel.lane_keys(attempt, lane)?, cpu })
 }
 
 /// Dials every lane of the agreement and says hello on each.
@@ -109,21 +111,23 @@ pub fn open(
     channel: &ControlChannel,
     endpoint: &Endpoint,
     agreement: &Agreement,
+    ram: &Arc<GuestRam>,
     cpus: &[usize],
 ) -> Result<Vec<LaneEnd>, Failure> {
+    let direct = agreement.transport.is_direct().then(|| fabric::Direct::source(Arc::clone(ram)));
     let (address, attempt) = (endpoint.resolve()?, agreement.attempt);
     (0..agreement.lanes)
         .map(|lane| {
             let hello = LaneHello { attempt, lane };
             let wire = match agreement.transport {
-                LaneTransport::RdmaSealed => {
+                LaneTransport::RdmaSealed | LaneTransport::RdmaDirect => {
                     fabric::Lane::dial(address, &hello.to_bytes()).map(LaneWire::Rdma)?
                 }
-                LaneTransport::Tcp | LaneTransport::RdmaDirect | LaneTransport::Other => {
+                LaneTransport::Tcp | LaneTransport::Other => {
                     LaneWire::Tcp(dial_tcp(address, endpoint, &hello)?)
                 }
             };
-            lane_end(channel, &attempt, lane, wire, cpus)
+            lane_end(channel, &attempt, lane, wire, direct.as_ref(), cpus)
         })
         .collect()
 }

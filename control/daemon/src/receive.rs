@@ -124,7 +124,7 @@ impl<'a> Reception<'a> {
         let ram = guest.ram();
         let limits = Limits::for_move(None, ram.layout().total_bytes().0, true);
         if listen.transport == Transport::Rdma {
-            fabric::check_memlock(terms::lanes_max(), false)?;
+            terms::check_memlock(args, ram.layout().total_bytes().0)?;
         }
         let terms = terms::terms(args, guest.as_ref());
         let began = clock();
@@ -254,10 +254,13 @@ impl<'a> Reception<'a> {
             .line
             .channel()
             .ok_or_else(|| SessionError::LinkLost("the control connection was lost".into()))?;
+        let ram = &self.ram;
+        let direct = agreement.transport.is_direct().then(|| fabric::Direct::target(Arc::clone(ram)));
+        let (attempt, direct, cpus) = (&agreement.attempt, direct.as_ref(), &self.cpus);
         let ends = streams
             .into_iter()
             .zip(0u16..)
-            .map(|(stream, lane)| lanes::lane_end(&channel, &agreement.attempt, lane, stream, &self.cpus))
+            .map(|(wire, lane)| lanes::lane_end(&channel, attempt, lane, wire, direct, cpus))
             .collect::<Result<Vec<_>, _>>()
             .map_err(|failure| SessionError::HostRefused(failure.to_string()))?;
         let (ram, cipher) = (Arc::clone(&self.ram), cipher(agreement.cipher));

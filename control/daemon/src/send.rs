@@ -109,7 +109,7 @@ impl<'a> Move<'a> {
         let cpus = lanes::lane_cpus(args.cpus.as_ref(), PinFrom::Low)?;
         let lanes = lanes::lane_count(args.lanes, &cpus);
         if args.to.transport == Transport::Rdma {
-            fabric::check_memlock(lanes, true)?;
+            fabric::check_memlock(lanes)?;
         }
         let attempt = new_attempt()?;
         DeviceFacts::refuse_unmovable(guest.devices()).map_err(|e| blame::refused_guest(&e))?;
@@ -253,7 +253,7 @@ impl<'a> Move<'a> {
 
     fn open_lanes(&mut self, agreement: Agreement) {
         self.agreement = Some(agreement);
-        let opened = lanes::open(&self.channel, &self.args.to, &agreement, &self.cpus)
+        let opened = lanes::open(&self.channel, &self.args.to, &agreement, self.hands.ram(), &self.cpus)
             .map_err(|failure| SessionError::LinkLost(failure.to_string()))
             .and_then(|ends| {
                 let plan = SendPlan {

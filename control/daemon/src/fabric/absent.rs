@@ -1,8 +1,9 @@
 //! A build that has none: it says so.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
-use vmferry_datapath::Link;
+use vmferry_datapath::{GuestRam, Link};
 
 use crate::failure::Failure;
 
@@ -17,7 +18,7 @@ impl Lane {
 
     /// There is none to make a link of.
     #[must_use]
-    pub fn into_link(self) -> Box<dyn Link> {
+    pub fn into_link(self, _direct: Option<&Direct>) -> Box<dyn Link> {
         match self {}
     }
 }
@@ -41,8 +42,34 @@ impl Listener {
     }
 }
 
+/// Agreed on with nobody.
+pub struct Direct;
+
+impl Direct {
+    /// Nothing.
+    #[must_use]
+    pub fn source(_ram: Arc<GuestRam>) -> Self {
+        Self
+    }
+
+    /// Nothing.
+    #[must_use]
+    pub fn target(_ram: Arc<GuestRam>) -> Self {
+        Self
+    }
+}
+
 /// Refuses.
-pub fn check_memlock(_lanes: u16, _sending: bool) -> Result<(), Failure> {
+pub fn check_memlock(_lanes: u16) -> Result<(), Failure> {
+    Err(missing())
+}
+
+/// Refuses.
+pub fn check_memlock_of_target(
+    _lanes: u16,
+    _direct: Option<u64>,
+    _address: SocketAddr,
+) -> Result<(), Failure> {
     Err(missing())
 }
 

@@ -1,10 +1,11 @@
 //! A build that has lanes over RDMA.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmferry_datapath::link::rdma::memlock;
-use vmferry_datapath::{Link, RdmaConnection, RdmaError, RdmaLink, RdmaListener};
+use vmferry_datapath::{GuestRam, Link, OpenRam, RdmaConnection, RdmaError, RdmaLink, RdmaListener};
 
 use crate::channel::HANDSHAKE_TIMEOUT;
 use crate::failure::Failure;
@@ -21,10 +22,36 @@ impl Lane {
         RdmaConnection::connect(address, hello, HANDSHAKE_TIMEOUT).map(Lane).map_err(|e| failure(&e))
     }
 
-    /// The lane's link.
+    /// The lane's link; in direct mode with the guest that it reaches.
     #[must_use]
-    pub fn into_link(self) -> Box<dyn Link> {
-        Box::new(RdmaLink::new(self.0))
+    pub fn into_link(self, direct: Option<&Direct>) -> Box<dyn Link> {
+        Box::new(match direct {
+            None => RdmaLink::new(self.0),
+            Some(Direct::Source(ram)) => RdmaLink::placing(self.0, Arc::clone(ram)),
+            Some(Direct::Target(ram)) => RdmaLink::open(self.0, Arc::clone(ram)),
+        })
+    }
+}
+
+/// The guest that lanes in direct mode reach past their records.
+pub enum Direct {
+    /// Its pages are written into the target's.
+    Source(Arc<GuestRam>),
+    /// The source writes into it.
+    Target(Arc<OpenRam>),
+}
+
+impl Direct {
+    /// The source's guest.
+    #[must_use]
+    pub fn source(ram: Arc<GuestRam>) -> Self {
+        Self::Source(ram)
+    }
+
+    /// The target's guest: one of these for all lanes of an attempt.
+    #[must_use]
+    pub fn target(ram: Arc<GuestRam>) -> Self {
+        Self::Target(OpenRam::new(ram))
     }
 }
 
@@ -73,13 +100,21 @@ impl Listener {
     }
 }
 
-/// What so many lanes lock in memory on the side that sends, or on the one that receives.
-fn lanes_locked(lanes: u16, sending: bool) -> u64 {
-    let each = if sending { memlock::SENDING_LANE_LOCKED } else { memlock::RECEIVING_LANE_LOCKED };
-    u64::from(lanes) * each
+/// Whether this process may lock what its sending lanes need.
+pub fn check_memlock(lanes: u16) -> Result<(), Failure> {
+    check(u64::from(lanes) * memlock::SENDING_LANE_LOCKED)
 }
 
-/// Whether this process may lock what its lanes need.
-pub fn check_memlock(lanes: u16, sending: bool) -> Result<(), Failure> {
-    memlock::check(lanes_locked(lanes, sending)).map_err(|error| Failure::Permission(error.to_string()))
+/// Whether this process may lock what its receiving lanes need, and in direct mode what the source writes to: all of the
+/// guest, unless the card at `address` pages by itself.
+pub fn check_memlock_of_target(lanes: u16, direct: Option<u64>, address: SocketAddr) -> Result<(), Failure> {
+    let lanes = u64::from(lanes) * memlock::RECEIVING_LANE_LOCKED;
+    let any_port = SocketAddr::new(address.ip(), 0);
+    let pages_by_itself = || RdmaListener::bind(any_port).is_ok_and(|listener| listener.writes_on_demand());
+    let guest = direct.filter(|_| !pages_by_itself()).unwrap_or(0);
+    check(lanes.saturating_add(guest))
+}
+
+fn check(needed: u64) -> Result<(), Failure> {
+    memlock::check(needed).map_err(|error| Failure::Permission(error.to_string()))
 }

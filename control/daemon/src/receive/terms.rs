@@ -6,11 +6,19 @@ use vmferry_session::{CipherSuite, CompressionMode, LaneTransport, TargetTerms, 
 
 use crate::cli::ReceiveArgs;
 use crate::endpoint::Transport;
+use crate::fabric;
+use crate::failure::Failure;
 use crate::send::facts;
 
 /// Lanes that are taken at most.
 pub(super) fn lanes_max() -> u16 {
     u16::try_from(LANES_MAX).unwrap_or(u16::MAX)
+}
+
+/// Refuses what this process may not lock in memory, before anybody comes.
+pub(super) fn check_memlock(args: &ReceiveArgs, ram_bytes: u64) -> Result<(), Failure> {
+    let direct = args.rdma.rdma_direct_plaintext.then_some(ram_bytes);
+    fabric::check_memlock_of_target(lanes_max(), direct, args.listen.resolve()?)
 }
 
 /// The terms of this wait.
@@ -20,6 +28,9 @@ pub(super) fn terms(args: &ReceiveArgs, guest: &dyn TargetGuest) -> TargetTerms 
     // The door takes lanes over TCP in any case: a source that falls back finds it open.
     let transports = match args.listen.transport {
         Transport::Tcp => vec![LaneTransport::Tcp],
+        Transport::Rdma if args.rdma.rdma_direct_plaintext => {
+            vec![LaneTransport::RdmaDirect, LaneTransport::Tcp]
+        }
         Transport::Rdma => vec![LaneTransport::RdmaSealed, LaneTransport::Tcp],
     };
     TargetTerms {

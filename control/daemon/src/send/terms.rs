@@ -27,6 +27,7 @@ pub(super) fn offer(args: &SendArgs, attempt: AttemptId, lanes: u16, guest: &dyn
     let guest = facts(guest.description(), guest.devices());
     let mut transports = match args.to.transport {
         Transport::Tcp => vec![LaneTransport::Tcp],
+        Transport::Rdma if args.rdma.rdma_direct_plaintext => vec![LaneTransport::RdmaDirect],
         Transport::Rdma => vec![LaneTransport::RdmaSealed],
     };
     if args.rdma.rdma_fallback == Some(Fallback::Tcp) && !transports.contains(&LaneTransport::Tcp) {

@@ -22,7 +22,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 
 use super::error::{FIX_CARD, RdmaError, refused};
-use super::verbs::QueuePair;
+use super::verbs::{QueuePair, writes_on_demand};
 
 /// The longest hello: what the connection manager leaves of its private data.
 pub const HELLO_BYTES_MAX: usize = 56;
@@ -224,6 +224,11 @@ impl Connection {
         }
     }
 
+    /// Whether the card faults pages in by itself when the peer writes them.
+    pub(super) fn writes_on_demand(&self) -> bool {
+        writes_on_demand(&self.id)
+    }
+
     /// Ends the connection: whatever is posted on either end comes back as flushed. May be called from any thread.
     pub(super) fn disconnect(&self) {
         // SAFETY: the id lives as long as we do. It fails where the connection has ended already, which is as good.
@@ -365,7 +370,7 @@ impl RdmaConnection {
 
 /// Listens for connections.
 pub struct RdmaListener {
-    _id: CmId,
+    id: CmId,
     channel: Arc<Channel>,
 }
 
@@ -402,7 +407,14 @@ impl RdmaListener {
         // SAFETY: the id is bound.
         let listening = unsafe { sys::rdma_listen(id.raw(), BACKLOG) };
         outcome(listening).map_err(no_device)?;
-        Ok(RdmaListener { _id: id, channel: Arc::new(channel) })
+        Ok(RdmaListener { id, channel: Arc::new(channel) })
+    }
+
+    /// Whether the card that has the address faults pages in by itself when a peer writes them: then direct mode locks
+    /// nothing of the guest.
+    #[must_use]
+    pub fn writes_on_demand(&self) -> bool {
+        writes_on_demand(&self.id)
     }
 
     /// The next one who knocks, waiting at most so long.

@@ -62,7 +62,7 @@ impl OpenRam {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let first = held.keeper.is_none();
         if first {
-            held.on_demand = connection.queue_pair.writes_on_demand();
+            held.on_demand = connection.writes_on_demand();
         }
         let keeper = Arc::clone(held.keeper.get_or_insert_with(|| Arc::clone(connection)));
         if !keeper.queue_pair.shares_keys_with(&connection.queue_pair) {

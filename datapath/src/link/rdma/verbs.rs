@@ -332,19 +332,6 @@ impl QueuePair {
         self.protection_domain() == other.protection_domain()
     }
 
-    /// Whether the card can fault guest pages in by itself when a peer writes them.
-    pub(super) fn writes_on_demand(&self) -> bool {
-        let mut attributes = MaybeUninit::<sys::ibv_device_attr_ex>::zeroed();
-        // SAFETY: the queue pair lives as long as we do.
-        let verbs = unsafe { (*self.queue.as_ptr()).context };
-        // SAFETY: an open device, and room for the answer.
-        let asked = unsafe { sys::ibv_query_device_ex(verbs, std::ptr::null(), attributes.as_mut_ptr()) };
-        // SAFETY: plain numbers, zeroed before the call filled them in.
-        let attributes = unsafe { attributes.assume_init() };
-        let write = sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_WRITE.0;
-        asked == 0 && attributes.odp_caps.per_transport_caps.rc_odp_caps & write != 0
-    }
-
     /// Lets the peer wait 0.64 ms, and not the default 655 ms, when no receive is posted.
     pub(super) fn shorten_not_ready(&self) {
         const TIMER_640_US: u8 = 12;
@@ -469,6 +456,19 @@ impl QueuePair {
         let immediate = unsafe { completion.imm_data_invalidated_rkey_union.imm_data };
         Ok(Some(Done::Immediate(u32::from_be(immediate))))
     }
+}
+
+/// Whether the card of an id can fault pages in by itself when a peer writes them. An id on all cards has none.
+pub(super) fn writes_on_demand(id: &CmId) -> bool {
+    let Some(verbs) = NonNull::new(id.verbs()) else { return false };
+    let mut attributes = MaybeUninit::<sys::ibv_device_attr_ex>::zeroed();
+    let place = attributes.as_mut_ptr();
+    // SAFETY: the id's open device, and room for the answer.
+    let asked = unsafe { sys::ibv_query_device_ex(verbs.as_ptr(), std::ptr::null(), place) };
+    // SAFETY: plain numbers, zeroed before the call filled them in.
+    let attributes = unsafe { attributes.assume_init() };
+    let write = sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_WRITE.0;
+    asked == 0 && attributes.odp_caps.per_transport_caps.rc_odp_caps & write != 0
 }
 
 fn entry(piece: Piece) -> sys::ibv_sge {
