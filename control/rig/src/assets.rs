@@ -19,6 +19,13 @@ const FAILOVER_MODULES: [&str; 4] = ["failover", "net_failover", "virtio_net", "
 pub struct Assets {
     /// `qemu-system-x86_64`.
     pub qemu: PathBuf,
+    /// What the guest itself is made of.
+    pub guest: GuestFiles,
+}
+
+/// What a Linux guest is made of, whatever runs it.
+#[derive(Debug, Clone)]
+pub struct GuestFiles {
     /// A Linux kernel image.
     pub kernel: PathBuf,
     /// Kernel modules for a virtio disk, in load order; empty where the kernel has none.
@@ -30,17 +37,7 @@ pub struct Assets {
 impl Assets {
     /// Looks for everything; the error says what is missing and how to get it.
     pub fn find() -> Result<Self, RigError> {
-        let qemu = Self::find_qemu()?;
-        let folder = cache_folder().join("guest");
-        let kernel = folder.join("vmlinuz");
-        if !kernel.is_file() {
-            let fix =
-                "no guest kernel in the cache: run 'scripts/setup', or set VMFERRY_CACHE to where it ran";
-            return Err(RigError::Missing(fix.to_owned()));
-        }
-        let modules = MODULES.iter().map(|name| folder.join(format!("modules/{name}.ko")));
-        let modules = modules.filter(|path| path.is_file()).collect();
-        Ok(Self { qemu, kernel, modules, init: find_init()? })
+        Ok(Self { qemu: Self::find_qemu()?, guest: GuestFiles::find()? })
     }
 
     /// The same with the lab's generic kernel, whose guests have `net_failover` and a driver for e1000e NICs; the test
@@ -57,7 +54,7 @@ impl Assets {
                 missing.display()
             )));
         }
-        Ok(Self { qemu, kernel, modules, init: find_init()? })
+        Ok(Self { qemu, guest: GuestFiles { kernel, modules, init: find_init()? } })
     }
 
     /// `$VMFERRY_QEMU`, or `qemu-system-x86_64` of the path.
@@ -68,6 +65,22 @@ impl Assets {
                 "qemu-system-x86_64 is not installed: run 'scripts/setup', or set VMFERRY_QEMU".to_owned(),
             )
         })
+    }
+}
+
+impl GuestFiles {
+    /// Looks for everything; the error says what is missing and how to get it.
+    pub fn find() -> Result<Self, RigError> {
+        let folder = cache_folder().join("guest");
+        let kernel = folder.join("vmlinuz");
+        if !kernel.is_file() {
+            let fix =
+                "no guest kernel in the cache: run 'scripts/setup', or set VMFERRY_CACHE to where it ran";
+            return Err(RigError::Missing(fix.to_owned()));
+        }
+        let modules = MODULES.iter().map(|name| folder.join(format!("modules/{name}.ko")));
+        let modules = modules.filter(|path| path.is_file()).collect();
+        Ok(Self { kernel, modules, init: find_init()? })
     }
 }
 

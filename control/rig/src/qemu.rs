@@ -208,7 +208,7 @@ impl QemuGuest {
             let _ = std::fs::remove_file(path);
         }
         let initramfs = self.directory.path().join(format!("{name}.cpio"));
-        std::fs::write(&initramfs, initramfs::build(&self.assets)?)
+        std::fs::write(&initramfs, initramfs::build(&self.assets.guest)?)
             .map_err(RigError::host("cannot write the guest's file system"))?;
         let log = socket("log");
         let errors = std::fs::File::create(&log).map_err(RigError::host("cannot write QEMU's log"))?;
@@ -218,7 +218,7 @@ impl QemuGuest {
             .args(self.machine_args(&memory_files))
             .args([
                 "-kernel".as_ref(),
-                self.assets.kernel.as_os_str(),
+                self.assets.guest.kernel.as_os_str(),
                 "-initrd".as_ref(),
                 initramfs.as_os_str(),
             ])
@@ -322,17 +322,17 @@ impl QemuGuest {
 
 /// A VMM process; dropping it ends the process and removes its memory.
 #[derive(Debug)]
-struct Vmm {
-    child: Child,
-    memory_files: Vec<PathBuf>,
-    log: PathBuf,
+pub(crate) struct Vmm {
+    pub(crate) child: Child,
+    pub(crate) memory_files: Vec<PathBuf>,
+    pub(crate) log: PathBuf,
 }
 
 impl Vmm {
     fn check(&mut self) -> Result<(), RigError> {
         let Ok(Some(status)) = self.child.try_wait() else { return Ok(()) };
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-        Err(RigError::Guest(format!("QEMU ended with {status}: {}", log.trim())))
+        Err(RigError::Guest(format!("the VMM ended with {status}: {}", log.trim())))
     }
 }
 
@@ -415,7 +415,7 @@ impl RunningGuest {
     }
 }
 
-fn listener(path: &Path) -> Result<UnixListener, RigError> {
+pub(crate) fn listener(path: &Path) -> Result<UnixListener, RigError> {
     let _ = std::fs::remove_file(path);
     let what = || format!("cannot listen on {}", path.display());
     let listener = UnixListener::bind(path).map_err(RigError::host(what()))?;
@@ -423,8 +423,8 @@ fn listener(path: &Path) -> Result<UnixListener, RigError> {
     Ok(listener)
 }
 
-fn accept(listener: &UnixListener, vmm: &mut Vmm) -> Result<UnixStream, RigError> {
-    let stream = until(START_TIMEOUT, "QEMU", || match listener.accept() {
+pub(crate) fn accept(listener: &UnixListener, vmm: &mut Vmm) -> Result<UnixStream, RigError> {
+    let stream = until(START_TIMEOUT, "the VMM", || match listener.accept() {
         Ok((stream, _)) => Ok(Some(stream)),
         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => vmm.check().map(|()| None),
         Err(error) => Err(RigError::host("cannot accept QEMU's connection")(error)),

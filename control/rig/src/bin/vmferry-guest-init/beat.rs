@@ -1,4 +1,4 @@
-//! The heart beat: one byte each millisecond, and the longest gap by the guest's own clock.
+//! The heart beat: one byte each millisecond (or what `vmferry.beat_ms=` says), and the longest gap by the guest's own clock.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,7 +7,8 @@ use rustix::time::{ClockId, Timespec};
 
 use crate::sys;
 
-const BEAT_NS: u64 = 1_000_000;
+/// Unless the command line says otherwise.
+pub(crate) const BEAT_MS: u64 = 1;
 
 /// What the beat has seen.
 #[derive(Debug, Default)]
@@ -27,28 +28,32 @@ impl Counters {
     }
 }
 
-/// Beats for ever. A beat that comes late is not made up for: the next one follows a millisecond later.
-pub(crate) fn run(counters: &Counters) {
-    if !sys::open_beat_port() {
+/// Beats for ever, `every_ms` apart. A beat that comes late is not made up for: the next one follows one interval later.
+/// Without a port it only counts, and nobody outside hears it.
+pub(crate) fn run(counters: &Counters, every_ms: u64, with_port: bool) {
+    let every = every_ms * 1_000_000;
+    if with_port && !sys::open_beat_port() {
         return;
     }
     let mut last = now_ns();
-    let mut due = last + BEAT_NS;
+    let mut due = last + every;
     let mut count = 0_u8;
     loop {
-        step(counters, count, &mut last, &mut due);
+        sleep_until(due);
+        if with_port {
+            sys::beat(count);
+        }
+        step(counters, &mut last, &mut due, every);
         count = count.wrapping_add(1);
     }
 }
 
-fn step(counters: &Counters, count: u8, last: &mut u64, due: &mut u64) {
-    sleep_until(*due);
-    sys::beat(count);
+fn step(counters: &Counters, last: &mut u64, due: &mut u64, every: u64) {
     let now = now_ns();
     counters.beats.fetch_add(1, Ordering::Relaxed);
     counters.longest_gap_ns.fetch_max(now - *last, Ordering::Relaxed);
     *last = now;
-    *due = (*due + BEAT_NS).max(now);
+    *due = (*due + every).max(now);
 }
 
 fn now_ns() -> u64 {

@@ -30,16 +30,18 @@ fn main() {
     sys::mount("devtmpfs", c"/dev");
     sys::mount("proc", c"/proc");
     sys::mount("sysfs", c"/sys");
+    let words = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let beat_ms = word(&words, "vmferry.beat_ms=").parse().unwrap_or(beat::BEAT_MS);
+    let with_port = word(&words, "vmferry.beat_port=") != "off";
     let beat = Arc::new(beat::Counters::default());
     let beating = Arc::clone(&beat);
     std::thread::spawn(move || {
         sys::become_real_time(BEAT_PRIORITY);
-        beat::run(&beating);
+        beat::run(&beating, beat_ms, with_port);
     });
-    let command_line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    let plan = plan_from(&command_line);
+    let plan = word(&words, "vmferry.plan=").parse::<Plan>();
     let disk = disk::start();
-    let net = net::start(&command_line);
+    let net = net::start(&words);
     let mut serial = console::Serial::open().expect("the guest has a serial line");
     let plan = match plan {
         Ok(plan) => plan,
@@ -58,7 +60,7 @@ fn main() {
     }
 }
 
-fn plan_from(command_line: &str) -> Result<Plan, vmferry_workload::PlanError> {
-    let words = command_line.split_whitespace().find_map(|word| word.strip_prefix("vmferry.plan="));
-    words.unwrap_or_default().parse()
+/// What follows `name` on the kernel's command line.
+fn word<'a>(command_line: &'a str, name: &str) -> &'a str {
+    command_line.split_whitespace().find_map(|word| word.strip_prefix(name)).unwrap_or_default()
 }
