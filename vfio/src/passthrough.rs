@@ -280,6 +280,9 @@ impl DataFile for KernelFile {
 }
 
 /// The log that a device keeps of its own DMA. It ends with the device's file.
+///
+/// A kernel without `CONFIG_IOMMUFD_DRIVER` (the lab's) starts such a log, and refuses every report of it with
+/// EOPNOTSUPP, whatever the device: the error makes everything dirty, and the next best log is taken.
 pub struct DeviceLog(Arc<VfioDevice>);
 
 impl DmaLog for DeviceLog {
