@@ -159,7 +159,7 @@ impl<L: DmaLog> WatchedLog<L> {
                 Ok(ranges) => return Dirty::Ranges(ranges),
                 // What the reports before the error told is forgotten by the log, so the answer is everything; and a
                 // log that lost count once tells nothing until it was started anew.
-                Err(error) => self.trouble = Some(format!("the log of DMA failed: {error}")),
+                Err(error) => self.trouble = Some(format!("a report of DMA failed: {error}")),
             }
         }
         Dirty::Everything(self.trouble.clone().unwrap_or_default())
@@ -172,7 +172,7 @@ impl<L: DmaLog> WatchedLog<L> {
     }
 
     /// Whether two looks, one right after the other, both called every page dirty: such a log knows only what is
-    /// mapped (type1's, for a device that does not tell it what it pins). What it watches is better pinned, because
+    /// mapped (type1's, for a device that does not tell it what it pins), or nothing (its reports fail). What it watches is better pinned, because
     /// it would travel in every round.
     pub fn knows_only_maps(&self) -> bool {
         self.only_maps
@@ -236,7 +236,9 @@ impl Watch {
             let Some(log) = log else { continue };
             match WatchedLog::start(log, maps.clone()) {
                 Ok(log) if log.knows_only_maps() => {
-                    why.push(format!("the {owner}'s log calls all that is mapped dirty, always"));
+                    let trouble = log.trouble.clone();
+                    let always = || "calls all that is mapped dirty, always".to_owned();
+                    why.push(format!("the {owner}'s log is of no use: {}", trouble.unwrap_or_else(always)));
                     why.extend(log.stop().err().map(|error| format!("and does not stop: {error}")));
                 }
                 Ok(log) if owner == Teller::Device => return Watch::Device(log),

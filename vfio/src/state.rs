@@ -10,7 +10,7 @@
 //!
 //! A driver knows the single arcs; the kernel composes all others from them (`vfio_mig_get_next_state`), and leaves
 //! out the states that a device lacks. This file is that table, so that what a request goes through, and where it may
-//! have stopped, is known before it is made. What must never happen: a state assumed after a failed request. It may
+//! have stopped, is known before it is made, and an illegal one is never made. What must never happen: a state assumed after a failed request. It may
 //! be the old one, any on the way, or ERROR: the device is asked.
 
 use std::fmt;

@@ -50,7 +50,7 @@ fn a_log_that_failed_calls_everything_dirty_until_it_is_started_anew() {
     fake.write(0);
     fake.fail_report(1);
     let dirty = log.collect();
-    assert!(matches!(&dirty, Dirty::Everything(why) if why.contains("log of DMA")), "{dirty:?}");
+    assert!(matches!(&dirty, Dirty::Everything(why) if why.contains("report of DMA")), "{dirty:?}");
     assert_eq!(dirty.ranges(&book), book.ranges(), "the first map's report is lost with the second's");
     assert!(matches!(log.collect(), Dirty::Everything(_)), "it lost count");
     let mut again = WatchedLog::start(fake.clone(), book.clone()).unwrap();
