@@ -280,6 +280,7 @@ impl DataFile for KernelFile {
 }
 
 /// The log that a device keeps of its own DMA. It ends with the device's file.
+#[derive(Clone)]
 pub struct DeviceLog(Arc<VfioDevice>);
 
 impl DmaLog for DeviceLog {
