@@ -200,12 +200,11 @@ impl MicroVm {
                 return self.keep(state, &[MicroVmPhase::Paused], "pause");
             }
         };
-        let ran = matches!(cpus, Cpus::Running(_));
         let rested = self.recipe.devices.rest(&mut cpus);
-        if ran {
+        self.put(cpus);
+        if self.phase() == MicroVmPhase::Paused {
             self.stopped_at_ns = now_ns();
         }
-        self.put(cpus);
         rested.map_or_else(|error| Reply::Refused(error.to_string()), |()| Reply::Done)
     }
 
@@ -234,8 +233,10 @@ impl MicroVm {
         };
         let scars = self.recipe.devices.let_run(&mut cpus).err().unwrap_or_default();
         scars.iter().for_each(|scar| tracing::warn!("the guest runs on, but {scar}"));
-        self.running_since_ns = now_ns();
         self.put(cpus);
+        if self.phase() == MicroVmPhase::Running {
+            self.running_since_ns = now_ns();
+        }
         if let State::Ended(why) = &self.state { Reply::Refused(why.clone()) } else { Reply::Done }
     }
 
