@@ -292,6 +292,7 @@ impl DataFile for KernelFile {
 ///
 /// A kernel without `CONFIG_IOMMUFD_DRIVER` (the lab's) starts such a log, and refuses every report of it with
 /// EOPNOTSUPP, whatever the device: the error makes everything dirty, and the next best log is taken.
+#[derive(Clone)]
 pub struct DeviceLog(Arc<VfioDevice>);
 
 impl DmaLog for DeviceLog {

@@ -187,6 +187,11 @@ impl<D: MigratableDevice> StateSink<D> {
 }
 
 impl<D: MigratableDevice> Loaded<D> {
+    /// It will not run: the device is reset without having worked for a moment.
+    pub fn abandon(self, why: VfioError) -> Refused<D> {
+        give_back(self.0, why)
+    }
+
     /// Lets the device work, before the vCPUs do. A device that does not start is reset.
     pub fn run(self) -> Result<D, Refused<D>> {
         let Loaded(mut device) = self;

@@ -300,6 +300,7 @@ mod tests {
             "vmferry send --guest qemu:/run/a.qmp --to tcp://127.0.0.1:7700 --tls-dir pki --downtime-limit 300ms --lanes auto --cpus 0-1 --bandwidth 10Gbit --timeout 10min --compress off --verify --json",
             "vmferry send --guest process:a --to tcp://127.0.0.1:7700 --insecure-plaintext --on-no-converge throttle",
             "vmferry microvm --name a --kernel /boot/vmlinuz --initramfs root.cpio --append quiet --ram 128MiB --dirty ring --cpu-features host,-avx2",
+            "vmferry microvm --name a --flat code --vfio mtty0=/sys/bus/mdev/devices/83b8 --vfio eth1=/sys/bus/pci/devices/0000:01:10.0",
             "vmferry microvm --name b --incoming --console none --beat unix:/run/beat",
             "vmferry receive --listen rdma://192.0.2.7:7700 --guest process:b --tls-dir pki --rdma-fallback tcp",
             "vmferry send --guest process:a --to rdma://192.0.2.7:7700 --tls-dir pki --rdma-direct-plaintext",

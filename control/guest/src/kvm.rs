@@ -5,6 +5,7 @@
 //!     vCPU threads ──► memfd ◄─────────────────── mapped
 //!     server ◄──── control socket ─────────────── pause, save, resume, quit
 //!     dirty log ◄── a connection of its own ───── harvest: the set as raw words
+//!     devices ◄──── a connection a device ─────── its state, read and written
 //! ```
 //!
 //! KVM answers only the process that made the VM, so the micro-VM harvests its own log on request. The log belongs to
@@ -13,23 +14,29 @@
 
 mod args;
 mod client;
+mod cpus;
+mod devices;
 mod lines;
 mod log;
 mod microvm;
 mod server;
 mod source;
+mod states;
 mod target;
 mod wire;
 
 use std::path::PathBuf;
 
-pub use args::{MicroVmArgs, Route, TrackingWord};
+pub use args::{MicroVmArgs, PassedDevice, Route, TrackingWord};
 pub use client::MicroVmControl;
 pub use server::run;
 pub use wire::{MicroVmPhase, MicroVmStatus};
 
 use crate::throttle::Throttle;
 use crate::{GuestError, SourceGuest, TargetGuest, control};
+
+/// The longest piece of a device's state in one answer.
+const DEVICE_CHUNK_MAX: u64 = 1 << 20;
 
 /// Opens a micro-VM that runs here.
 pub(crate) fn open_source(name: &str) -> Result<Box<dyn SourceGuest>, GuestError> {

@@ -15,8 +15,13 @@ use crate::payload::{FLAT_CODE, FLAT_ENTRY};
 impl Blank {
     /// Boots the flat payload of [`crate::payload`] on the first CPU; the others wait for a signal that never comes.
     pub fn boot_flat(self) -> Result<Machine, KvmError> {
+        self.boot_code(&FLAT_CODE)
+    }
+
+    /// Boots 32-bit code that is linked for [`FLAT_ENTRY`], in protected mode with flat segments and without paging.
+    pub fn boot_code(self, code: &[u8]) -> Result<Machine, KvmError> {
         self.identify()?;
-        write(&self, FLAT_ENTRY, &FLAT_CODE, "the payload")?;
+        write(&self, FLAT_ENTRY, code, "the payload")?;
         cpu_mode::enter_flat(&self.vcpus[0], FLAT_ENTRY)?;
         Ok(self.into_machine())
     }

@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use vmferry_datapath::ByteLen;
-use vmferry_kvm::{LinuxBoot, Tracking};
+use vmferry_kvm::{Blank, KvmError, LinuxBoot, Machine, Tracking};
 
 use crate::GuestError;
 
@@ -22,8 +22,11 @@ pub struct MicroVmArgs {
     #[arg(long)]
     pub incoming: bool,
     /// A Linux bzImage.
-    #[arg(long, value_name = "FILE", required_unless_present = "incoming")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["incoming", "flat"])]
     pub kernel: Option<PathBuf>,
+    /// 32-bit code instead of a kernel: it begins at 0x1000, in protected mode with flat segments.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initramfs"])]
+    pub flat: Option<PathBuf>,
     /// Its first file system.
     #[arg(long, value_name = "FILE")]
     pub initramfs: Option<PathBuf>,
@@ -42,6 +45,10 @@ pub struct MicroVmArgs {
     /// What its processors may do: host, host,-NAME,... or names of /proc/cpuinfo. The same on both hosts.
     #[arg(long, value_name = "LIST", default_value = "host", allow_hyphen_values = true)]
     pub cpu_features: String,
+    /// A device of this host for the guest: its name, the same on both hosts, and its place in sysfs, as in
+    /// mtty0=/sys/bus/mdev/devices/UUID. Repeatable; the order is the same on both hosts too.
+    #[arg(long, value_name = "NAME=PATH")]
+    pub vfio: Vec<PassedDevice>,
     /// The serial console: stdio, none, or unix:PATH of a socket that listens.
     #[arg(long, value_name = "ROUTE", default_value = "stdio")]
     pub console: Route,
@@ -65,6 +72,29 @@ impl From<TrackingWord> for Tracking {
         match word {
             TrackingWord::Bitmap => Tracking::Bitmap,
             TrackingWord::Ring => Tracking::Ring,
+        }
+    }
+}
+
+/// `--vfio`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PassedDevice {
+    /// The operator's name for it.
+    pub name: String,
+    /// Where sysfs has it.
+    pub path: PathBuf,
+}
+
+impl FromStr for PassedDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<PassedDevice, String> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        match text.split_once('=') {
+            Some((name, path)) if !name.is_empty() && name.chars().all(plain) && path.starts_with('/') => {
+                Ok(PassedDevice { name: name.to_owned(), path: PathBuf::from(path) })
+            }
+            _ => Err("write NAME=/sys/bus/pci/devices/ADDRESS or NAME=/sys/bus/mdev/devices/UUID".to_owned()),
         }
     }
 }
@@ -101,15 +131,19 @@ const KERNEL_WORDS: &str = "console=ttyS0 reboot=k panic=-1 pci=off i8042.noaux 
 const ONE_CPU_WORDS: &str = "nolapic";
 
 /// The files of a guest to boot, read.
-pub(super) struct BootFiles {
-    kernel: File,
-    initramfs: Vec<u8>,
-    command_line: String,
+pub(super) enum BootFiles {
+    Linux { kernel: File, initramfs: Vec<u8>, command_line: String },
+    Flat(Vec<u8>),
 }
 
 impl BootFiles {
-    pub(super) fn as_boot(&self) -> LinuxBoot<'_> {
-        LinuxBoot { kernel: &self.kernel, initramfs: &self.initramfs, command_line: &self.command_line }
+    pub(super) fn boot(&self, blank: Blank) -> Result<Machine, KvmError> {
+        match self {
+            BootFiles::Flat(code) => blank.boot_code(code),
+            BootFiles::Linux { kernel, initramfs, command_line } => {
+                blank.boot_linux(&LinuxBoot { kernel, initramfs, command_line })
+            }
+        }
     }
 }
 
@@ -130,10 +164,13 @@ impl MicroVmArgs {
 
     /// Nothing for a guest that comes in.
     pub(super) fn boot_files(&self) -> Result<Option<BootFiles>, GuestError> {
-        let Some(kernel) = self.kernel.as_ref().filter(|_| !self.incoming) else { return Ok(None) };
         let cannot = |path: &PathBuf| GuestError::refused(format!("cannot read {}", path.display()));
+        if let Some(flat) = self.flat.as_ref().filter(|_| !self.incoming) {
+            return Ok(Some(BootFiles::Flat(std::fs::read(flat).map_err(cannot(flat))?)));
+        }
+        let Some(kernel) = self.kernel.as_ref().filter(|_| !self.incoming) else { return Ok(None) };
         let initramfs = self.initramfs.as_ref().map(|path| std::fs::read(path).map_err(cannot(path)));
-        Ok(Some(BootFiles {
+        Ok(Some(BootFiles::Linux {
             kernel: File::open(kernel).map_err(cannot(kernel))?,
             initramfs: initramfs.transpose()?.unwrap_or_default(),
             command_line: self.command_line(),
@@ -144,6 +181,18 @@ impl MicroVmArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_has_a_name_and_a_place() {
+        let device = "mtty0=/sys/bus/mdev/devices/83b8".parse::<PassedDevice>().unwrap();
+        assert_eq!(
+            (device.name.as_str(), device.path.as_path()),
+            ("mtty0", "/sys/bus/mdev/devices/83b8".as_ref())
+        );
+        for wrong in ["mtty0", "=/sys/x", "a b=/sys/x", "a=sys/x"] {
+            assert!(wrong.parse::<PassedDevice>().unwrap_err().contains("NAME=/sys"), "{wrong}");
+        }
+    }
 
     #[test]
     fn routes_are_read_or_refused_with_the_forms_that_work() {

@@ -3,11 +3,11 @@
 use vmferry_datapath::{ByteLen, RamFile};
 
 use super::microvm::SAVED_BYTES_MAX;
-use super::socket_path;
 use super::wire::{Identity, MicroVmStatus, Reply, Request};
+use super::{DEVICE_CHUNK_MAX, socket_path};
 use crate::attach::BlockPlace;
 use crate::control::{Caller, MemoryPlace};
-use crate::{Description, DeviceFacts, GuestError};
+use crate::{Description, DeviceFacts, GuestError, StateEstimate, StateRead};
 
 /// The one block of a micro-VM's memory.
 const BLOCK_NAME: &str = "ram";
@@ -81,6 +81,57 @@ impl MicroVmControl {
         self.caller.order_with(&Request::Load { len: bytes.len() as u64 }, bytes)
     }
 
+    /// What devices may write and the log of this connection cannot tell.
+    pub(super) fn pinned(&mut self, max: u64) -> Result<Vec<u8>, GuestError> {
+        self.bytes(&Request::Pinned, max)
+    }
+
+    pub(super) fn pre_copy(&mut self) -> Result<(), GuestError> {
+        self.caller.order(&Request::PreCopy)
+    }
+
+    pub(super) fn end_pre_copy(&mut self) -> Result<(), GuestError> {
+        self.caller.order(&Request::EndPreCopy)
+    }
+
+    pub(super) fn read_device(&mut self, device: usize, into: &mut [u8]) -> Result<StateRead, GuestError> {
+        let max = (into.len() as u64).min(DEVICE_CHUNK_MAX);
+        match self.caller.ask(&Request::ReadDevice { device, max })? {
+            Reply::Idle => Ok(StateRead::Idle),
+            Reply::End => Ok(StateRead::End),
+            Reply::Bytes { len } => {
+                let bytes = self.caller.bytes(len, max)?;
+                into[..bytes.len()].copy_from_slice(&bytes);
+                Ok(StateRead::Bytes(bytes.len()))
+            }
+            reply @ (Reply::Done
+            | Reply::Identity(_)
+            | Reply::Status(_)
+            | Reply::Remaining(_)
+            | Reply::Refused(_)) => Err(self.caller.unexpected(&reply)),
+        }
+    }
+
+    pub(super) fn remaining(&mut self, device: usize) -> Result<StateEstimate, GuestError> {
+        let reply = self.caller.ask(&Request::Remaining { device })?;
+        if let Reply::Remaining(estimate) = reply {
+            return Ok(estimate);
+        }
+        Err(self.caller.unexpected(&reply))
+    }
+
+    pub(super) fn expect_device(&mut self, device: usize) -> Result<(), GuestError> {
+        self.caller.order(&Request::ExpectDevice { device })
+    }
+
+    pub(super) fn write_device(&mut self, device: usize, bytes: &[u8]) -> Result<(), GuestError> {
+        self.caller.order_with(&Request::WriteDevice { device, len: bytes.len() as u64 }, bytes)
+    }
+
+    pub(super) fn finish_device(&mut self, device: usize) -> Result<(), GuestError> {
+        self.caller.order(&Request::FinishDevice { device })
+    }
+
     pub(super) fn identity(&mut self) -> Result<Identity, GuestError> {
         let reply = self.caller.ask(&Request::Describe)?;
         if let Reply::Identity(identity) = reply {
@@ -110,7 +161,7 @@ impl Identity {
         let len = ByteLen(self.ram_bytes);
         let MemoryPlace { layout, file, block } =
             MemoryPlace::open(self.pid, self.memory_fd, len, BLOCK_NAME, &whose, writable)?;
-        let mut facts = DeviceFacts::compared(&[]);
+        let mut facts = DeviceFacts::compared(&self.devices);
         facts.extend([
             ("micro-VM state".to_owned(), "1".to_owned()),
             ("cpus".to_owned(), self.cpus.to_string()),

@@ -26,11 +26,21 @@ impl MicroVmLog {
     }
 }
 
-impl DirtyLog for MicroVmLog {
-    fn collect(&mut self, into: &mut PageSet) -> Result<(), TrackError> {
-        let len = self.layout.chunk_count() * WORD_BYTES as u64;
-        let bytes = self.control.harvest(len).map_err(|error| TrackError::VmmLost(error.to_string()))?;
-        if bytes.len() as u64 != len {
+impl MicroVmLog {
+    /// What devices may write and this log cannot tell.
+    pub(super) fn pinned(&mut self) -> Result<PageSet, GuestError> {
+        let bytes = self.control.pinned(self.len())?;
+        let mut set = PageSet::new(&self.layout);
+        self.add(&bytes, &mut set).map_err(|error| GuestError::misbehaved(error.to_string()))?;
+        Ok(set)
+    }
+
+    fn len(&self) -> u64 {
+        self.layout.chunk_count() * WORD_BYTES as u64
+    }
+
+    fn add(&self, bytes: &[u8], into: &mut PageSet) -> Result<(), TrackError> {
+        if bytes.len() as u64 != self.len() {
             return Err(TrackError::VmmLost("it sent a log of another size".to_owned()));
         }
         for (word, chunk) in bytes.chunks_exact(WORD_BYTES).zip(0_u64..) {
@@ -39,6 +49,14 @@ impl DirtyLog for MicroVmLog {
             into.set_word(chunk, into.word(chunk) | word & self.layout.valid_pages(chunk));
         }
         Ok(())
+    }
+}
+
+impl DirtyLog for MicroVmLog {
+    fn collect(&mut self, into: &mut PageSet) -> Result<(), TrackError> {
+        let harvest = self.control.harvest(self.len());
+        let bytes = harvest.map_err(|error| TrackError::VmmLost(error.to_string()))?;
+        self.add(&bytes, into)
     }
 
     fn name(&self) -> &'static str {

@@ -4,12 +4,15 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
 
 use rustix::time::{ClockId, clock_gettime};
+use vmferry_datapath::{DirtyLog, PageSet, TrackError};
 use vmferry_kvm::{
     Blank, Config, FeatureSet, GuestEnd, GuestMemory, KvmError, Machine, MachineLog, RunningMachine,
     State as Saved,
 };
 
 use super::args::{MicroVmArgs, TrackingWord};
+use super::cpus::Cpus;
+use super::devices::{Devices, Watches};
 use super::lines::{Current, Wire};
 use super::wire::{Identity, MicroVmPhase, MicroVmStatus, Reply};
 use crate::GuestError;
@@ -37,6 +40,7 @@ struct Recipe {
     console: Wire,
     beat: Wire,
     current: Current,
+    devices: Arc<Devices>,
 }
 
 impl Recipe {
@@ -49,6 +53,7 @@ impl Recipe {
             console: self.console.sink(),
             beat: self.beat.sink(),
         })?;
+        self.devices.attach(&blank)?;
         self.current.set(blank.console());
         Ok(blank)
     }
@@ -66,15 +71,31 @@ pub(super) struct MicroVm {
 
 /// A log, and the sign that there is one.
 pub(super) struct HeldLog {
-    pub(super) log: MachineLog,
+    log: MachineLog,
+    devices: Watches,
     _sign: Arc<()>,
+}
+
+impl HeldLog {
+    /// What CPUs, VMM and devices wrote since the last time.
+    pub(super) fn collect(&mut self, into: &mut PageSet) -> Result<(), TrackError> {
+        self.devices.collect(into);
+        self.log.collect(into)
+    }
+
+    /// What devices may write and nobody can tell.
+    pub(super) fn pin(&self, into: &mut PageSet) {
+        self.devices.pin(into);
+    }
 }
 
 impl MicroVm {
     pub(super) fn start(args: &MicroVmArgs) -> Result<MicroVm, GuestError> {
         let host = FeatureSet::of_host()?;
+        let memory = Arc::new(GuestMemory::new(args.ram())?);
         let recipe = Recipe {
-            memory: Arc::new(GuestMemory::new(args.ram())?),
+            devices: Arc::new(Devices::open(&args.vfio, &memory)?),
+            memory,
             cpus: args.cpus,
             tracking: args.dirty,
             features: FeatureSet::parse(&args.cpu_features, &host)?,
@@ -86,11 +107,14 @@ impl MicroVm {
         recipe.console.feed(recipe.current.clone());
         let state = match args.boot_files()? {
             None => State::Waiting(Box::new(blank)),
-            Some(files) => State::Paused(blank.boot_linux(&files.as_boot())?),
+            Some(files) => State::Paused(files.boot(blank)?),
         };
         let mut vm = MicroVm { recipe, state, tracked: Weak::new(), running_since_ns: 0, stopped_at_ns: 0 };
-        if vm.phase() == MicroVmPhase::Paused && vm.resume() != Reply::Done {
-            return Err(GuestError::misbehaved("the guest that was booted does not run"));
+        if vm.phase() == MicroVmPhase::Paused {
+            vm.recipe.devices.take_up()?;
+            if vm.resume() != Reply::Done {
+                return Err(GuestError::misbehaved("the guest that was booted does not run"));
+            }
         }
         Ok(vm)
     }
@@ -117,7 +141,13 @@ impl MicroVm {
             tracking: self.recipe.tracking,
             tasks,
             phase: self.phase(),
+            devices: self.recipe.devices.facts(),
         }
+    }
+
+    /// What is passed through: for whoever moves states while the machine does something else.
+    pub(super) fn devices(&self) -> &Arc<Devices> {
+        &self.recipe.devices
     }
 
     pub(super) fn status(&self) -> MicroVmStatus {
@@ -156,12 +186,35 @@ impl MicroVm {
         };
         let sign = Arc::new(());
         self.tracked = Arc::downgrade(&sign);
-        log.map(|log| HeldLog { log, _sign: sign }).map_err(|error| Reply::Refused(error.to_string()))
+        let log = log.map_err(|error| Reply::Refused(error.to_string()))?;
+        Ok(HeldLog { log, devices: self.recipe.devices.watch(&self.recipe.memory), _sign: sign })
     }
 
-    /// A move pauses; what the owner stopped stays as it is.
+    /// A move brings CPUs and devices to rest; a guest that its owner stopped has only devices that are not. After a
+    /// refusal everything is as before.
     pub(super) fn pause(&mut self) -> Reply {
-        self.halt(State::Paused, &[MicroVmPhase::Paused, MicroVmPhase::Stopped], "pause")
+        let mut cpus = match self.take() {
+            State::Running(machine) => Cpus::Running(machine),
+            State::Stopped(machine) => Cpus::Stopped(machine),
+            state @ (State::Waiting(_) | State::Paused(_) | State::Loaded { .. } | State::Ended(_)) => {
+                return self.keep(state, &[MicroVmPhase::Paused], "pause");
+            }
+        };
+        let rested = self.recipe.devices.rest(&mut cpus);
+        self.put(cpus);
+        if self.phase() == MicroVmPhase::Paused {
+            self.stopped_at_ns = now_ns();
+        }
+        rested.map_or_else(|error| Reply::Refused(error.to_string()), |()| Reply::Done)
+    }
+
+    fn put(&mut self, cpus: Cpus) {
+        self.state = match cpus {
+            Cpus::Running(machine) => State::Running(machine),
+            Cpus::Paused(machine) => State::Paused(machine),
+            Cpus::Stopped(machine) => State::Stopped(machine),
+            Cpus::Lost(why) => State::Ended(why),
+        };
     }
 
     /// The owner stops.
@@ -169,12 +222,22 @@ impl MicroVm {
         self.halt(State::Stopped, &[MicroVmPhase::Stopped], "stop")
     }
 
+    /// Undoes `pause`. A device that had to be reset on the way is told, and keeps nobody from running.
     pub(super) fn resume(&mut self) -> Reply {
-        let state = self.take();
-        if let State::Paused(machine) = state {
-            return self.run(machine);
+        let mut cpus = match self.take() {
+            State::Paused(machine) => Cpus::Paused(machine),
+            State::Stopped(machine) => Cpus::Stopped(machine),
+            state @ (State::Waiting(_) | State::Running(_) | State::Loaded { .. } | State::Ended(_)) => {
+                return self.keep(state, &[MicroVmPhase::Running], "resume");
+            }
+        };
+        let scars = self.recipe.devices.let_run(&mut cpus).err().unwrap_or_default();
+        scars.iter().for_each(|scar| tracing::warn!("the guest runs on, but {scar}"));
+        self.put(cpus);
+        if self.phase() == MicroVmPhase::Running {
+            self.running_since_ns = now_ns();
         }
-        self.keep(state, &[MicroVmPhase::Running, MicroVmPhase::Stopped], "resume")
+        if let State::Ended(why) = &self.state { Reply::Refused(why.clone()) } else { Reply::Done }
     }
 
     pub(super) fn start_again(&mut self) -> Reply {
@@ -219,6 +282,11 @@ impl MicroVm {
     pub(super) fn run_loaded(&mut self) -> Reply {
         let state = self.take();
         if let State::Loaded { machine, stopped } = state {
+            // Devices work before the CPUs do. After Commit nothing goes back: one that does not start is an error.
+            if let Err(error) = self.recipe.devices.take_up() {
+                self.state = State::Loaded { machine, stopped };
+                return Reply::Refused(error.to_string());
+            }
             if stopped {
                 self.state = State::Stopped(machine);
                 return Reply::Done;
@@ -229,6 +297,7 @@ impl MicroVm {
     }
 
     pub(super) fn discard(&mut self) -> Reply {
+        self.recipe.devices.discard();
         let state = self.take();
         if let State::Loaded { machine, .. } = state {
             drop(machine);

@@ -4,14 +4,16 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use vmferry_datapath::{DirtyLog, PageSet};
+use vmferry_datapath::{ByteLen, PageSet, TrackError};
 use vmferry_kvm::GuestEnd;
+use vmferry_vfio::{Chunk, VfioError};
 
+use super::devices::Devices;
 use super::microvm::{HeldLog, MicroVm, SAVED_BYTES_MAX};
 use super::wire::{Reply, Request};
-use super::{MicroVmArgs, socket_path};
-use crate::GuestError;
+use super::{DEVICE_CHUNK_MAX, MicroVmArgs, socket_path};
 use crate::control::{Line, Socket};
+use crate::{GuestError, StateEstimate};
 
 /// How soon the end of a guest ends the process.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -23,7 +25,9 @@ pub fn run(args: &MicroVmArgs) -> Result<(), GuestError> {
     let (quit, quitting) = channel();
     let shared = Arc::clone(&vm);
     socket.serve(move |line| {
-        Client { line, vm: Arc::clone(&shared), log: None, quit: quit.clone() }.serve();
+        let devices = Arc::clone(lock(&shared).devices());
+        let vm = Arc::clone(&shared);
+        Client { line, vm, devices, log: None, pre_copies: false, quit: quit.clone() }.serve();
     })?;
     loop {
         match quitting.recv_timeout(LOOK_EVERY) {
@@ -51,8 +55,21 @@ fn lock(vm: &Mutex<MicroVm>) -> MutexGuard<'_, MicroVm> {
 struct Client {
     line: Line,
     vm: Arc<Mutex<MicroVm>>,
+    /// Beside the machine's lock: a state leaves while the machine is brought to rest.
+    devices: Arc<Devices>,
     log: Option<HeldLog>,
+    /// Whether devices pre-copy for this connection.
+    pre_copies: bool,
     quit: Sender<()>,
+}
+
+impl Drop for Client {
+    /// A sender that died leaves its guest's devices as they were. One that is at rest waits for the guardian.
+    fn drop(&mut self) {
+        if self.pre_copies {
+            self.devices.end_pre_copy();
+        }
+    }
 }
 
 impl Client {
@@ -75,10 +92,27 @@ impl Client {
                 return self.give(saved);
             }
             Request::Harvest => {
-                let harvest = self.harvest();
+                let harvest = self.harvest(HeldLog::collect);
                 return self.give(harvest);
             }
+            Request::Pinned => {
+                let pinned = self.harvest(|log, set| {
+                    log.pin(set);
+                    Ok(())
+                });
+                return self.give(pinned);
+            }
+            Request::ReadDevice { device, max } => return self.read_device(*device, *max),
+            Request::WriteDevice { device, len } => return self.write_device(*device, *len),
             Request::Load { len } => return self.load(*len),
+            Request::PreCopy => self.pre_copy(),
+            Request::EndPreCopy => {
+                self.devices.end_pre_copy();
+                Reply::Done
+            }
+            Request::Remaining { device } => remaining(&self.devices, *device),
+            Request::ExpectDevice { device } => answer(self.devices.expect(*device)),
+            Request::FinishDevice { device } => answer(self.devices.finish(*device)),
             Request::Quit => Reply::Done,
             Request::Attach => self.attach(),
             Request::Describe => Reply::Identity(self.vm().identity()),
@@ -110,14 +144,44 @@ impl Client {
         }
     }
 
+    fn pre_copy(&mut self) -> Reply {
+        let begun = self.devices.pre_copy();
+        self.pre_copies = begun.is_ok();
+        answer(begun)
+    }
+
+    fn read_device(&mut self, device: usize, max: u64) -> std::io::Result<()> {
+        let len = usize::try_from(max.min(DEVICE_CHUNK_MAX)).unwrap_or(0);
+        let mut bytes = vec![0; len];
+        let reply = match self.devices.read(device, &mut bytes) {
+            Ok(Chunk::Bytes(count)) => {
+                self.line.send(&Reply::Bytes { len: count as u64 })?;
+                return self.line.send_bytes(&bytes[..count]);
+            }
+            Ok(Chunk::Idle) => Reply::Idle,
+            Ok(Chunk::End) => Reply::End,
+            Err(error) => Reply::Refused(error.to_string()),
+        };
+        self.line.send(&reply)
+    }
+
+    fn write_device(&mut self, device: usize, len: u64) -> std::io::Result<()> {
+        let bytes = self.line.receive_bytes(len, DEVICE_CHUNK_MAX)?;
+        let reply = answer(self.devices.write(device, &bytes));
+        self.line.send(&reply)
+    }
+
     /// Without the machine's lock: a harvest and a pause may go on side by side.
-    fn harvest(&mut self) -> Result<Vec<u8>, Reply> {
+    fn harvest(
+        &mut self,
+        read: impl FnOnce(&mut HeldLog, &mut PageSet) -> Result<(), TrackError>,
+    ) -> Result<Vec<u8>, Reply> {
         let layout = self.vm().memory().layout().clone();
         let Some(held) = &mut self.log else {
             return Err(Reply::Refused("this connection tracks nothing: attach first".to_owned()));
         };
         let mut set = PageSet::new(&layout);
-        held.log.collect(&mut set).map_err(|error| Reply::Refused(error.to_string()))?;
+        read(held, &mut set).map_err(|error| Reply::Refused(error.to_string()))?;
         Ok(set.words().iter().flat_map(|word| word.to_le_bytes()).collect())
     }
 
@@ -135,5 +199,19 @@ impl Client {
         let bytes = self.line.receive_bytes(len, SAVED_BYTES_MAX)?;
         let reply = self.vm().load(&bytes);
         self.line.send(&reply)
+    }
+}
+
+fn answer(done: Result<(), VfioError>) -> Reply {
+    done.map_or_else(|error| Reply::Refused(error.to_string()), |()| Reply::Done)
+}
+
+fn remaining(devices: &Devices, device: usize) -> Reply {
+    match devices.remaining(device) {
+        Ok(remaining) => Reply::Remaining(StateEstimate {
+            expected: ByteLen(remaining.expected()),
+            at_most: ByteLen(remaining.at_most()),
+        }),
+        Err(error) => Reply::Refused(error.to_string()),
     }
 }

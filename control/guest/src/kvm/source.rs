@@ -7,6 +7,7 @@ use vmferry_datapath::{Access, ByteLen, DirtyLog, GuestRam, PageSet};
 
 use super::client::MicroVmControl;
 use super::log::MicroVmLog;
+use super::states;
 use super::wire::{Identity, MicroVmPhase};
 use crate::attach::{self, BlockPlace, Watch};
 use crate::throttle::Throttle;
@@ -20,6 +21,7 @@ pub(super) struct KvmSource {
     block: BlockPlace,
     ram: Arc<GuestRam>,
     watch: Option<Watch>,
+    pinned_by_devices: PageSet,
     throttle: Throttle,
 }
 
@@ -50,7 +52,9 @@ impl KvmSource {
         let ram = Arc::new(GuestRam::map(layout, vec![place.file], Access::ReadOnly)?);
         let throttle = Throttle::of(identity.pid, identity.tasks.clone());
         let (description, block) = (place.description, place.block);
-        Ok(Self { name: name.to_owned(), control, identity, description, block, ram, watch: None, throttle })
+        let pinned_by_devices = PageSet::new(&description.layout);
+        let (name, watch) = (name.to_owned(), None);
+        Ok(Self { name, control, identity, description, block, ram, watch, pinned_by_devices, throttle })
     }
 }
 
@@ -64,17 +68,21 @@ impl SourceGuest for KvmSource {
     }
 
     fn devices(&self) -> &[DeviceFacts] {
-        &[]
+        &self.identity.devices
     }
 
     fn device_streams(&mut self) -> Result<Vec<Box<dyn DeviceStream>>, GuestError> {
-        Ok(Vec::new())
+        self.control.pre_copy()?;
+        states::leaving(&self.name, &self.identity.devices)
     }
 
     /// The micro-VM tracks itself; any other process that maps its memory is tracked from outside.
     fn attach(&mut self) -> Result<Box<dyn DirtyLog>, GuestError> {
         let layout = &self.description.layout;
-        let own = Box::new(MicroVmLog::start(&self.name, layout, self.identity.tracking)?);
+        let mut own = Box::new(MicroVmLog::start(&self.name, layout, self.identity.tracking)?);
+        self.pinned_by_devices = own.pinned()?;
+        // Who tells what a device writes may have changed since this guest was looked at.
+        self.identity.devices = self.control.identity()?.devices;
         let tracked = attach::track_beside(self.identity.pid, layout, &[self.block], own)?;
         self.description.notes.extend(tracked.watch.notes().iter().cloned());
         self.watch = Some(tracked.watch);
@@ -82,9 +90,9 @@ impl SourceGuest for KvmSource {
     }
 
     fn pinned(&self) -> PageSet {
-        self.watch
-            .as_ref()
-            .map_or_else(|| PageSet::new(&self.description.layout), |watch| watch.pinned().clone())
+        let mut pinned = self.pinned_by_devices.clone();
+        self.watch.iter().for_each(|watch| pinned.union_with(watch.pinned()));
+        pinned
     }
 
     fn direct_io_nodes(&self) -> &[String] {
@@ -119,6 +127,8 @@ impl SourceGuest for KvmSource {
 
     fn detach(&mut self) {
         self.watch = None;
+        // A micro-VM that has ended has no device that pre-copies.
+        let _ = self.control.end_pre_copy();
         // A micro-VM that has ended needs no throttle lifted.
         let _ = self.throttle.set(0);
     }

@@ -7,6 +7,7 @@ use vmferry_datapath::{Access, ByteLen, GuestRam};
 
 use super::client::MicroVmControl;
 use super::microvm::SAVED_BYTES_MAX;
+use super::states;
 use super::wire::MicroVmPhase;
 use crate::{Description, DeviceFacts, GuestError, TargetGuest};
 
@@ -14,6 +15,7 @@ pub(super) struct KvmTarget {
     control: MicroVmControl,
     description: Description,
     ram: Arc<GuestRam>,
+    devices: Vec<DeviceFacts>,
 }
 
 impl KvmTarget {
@@ -28,7 +30,7 @@ impl KvmTarget {
         let place = identity.place(name, true)?;
         let layout = place.description.layout.clone();
         let ram = Arc::new(GuestRam::map(layout, vec![place.file], Access::ReadWrite)?);
-        Ok(Self { control, description: place.description, ram })
+        Ok(Self { control, description: place.description, ram, devices: identity.devices })
     }
 }
 
@@ -42,11 +44,11 @@ impl TargetGuest for KvmTarget {
     }
 
     fn devices(&self) -> &[DeviceFacts] {
-        &[]
+        &self.devices
     }
 
     fn device_sinks(&mut self) -> Result<Vec<Box<dyn Write + Send>>, GuestError> {
-        Ok(Vec::new())
+        states::arriving(&self.description.name, &self.devices)
     }
 
     fn prepare(&mut self) -> Result<(), GuestError> {

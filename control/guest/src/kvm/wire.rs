@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::args::TrackingWord;
 use crate::control::Answer;
+use crate::{DeviceFacts, StateEstimate};
 
 /// What a client asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +27,34 @@ pub(crate) enum Request {
     },
     /// Begin to run what was loaded.
     Run,
+    /// Answered by `Bytes`: the words of the pages that devices may write and this connection's log cannot tell.
+    Pinned,
+    /// The states of the devices begin to leave while they work; that ends with this connection.
+    PreCopy,
+    /// Undoes `PreCopy`, unless the guest is paused.
+    EndPreCopy,
+    /// Answered by `Bytes` (at least one, at most `max`), `Idle` or `End`. Devices are counted among those that can move.
+    ReadDevice {
+        device: usize,
+        max: u64,
+    },
+    /// Answered by `Remaining`.
+    Remaining {
+        device: usize,
+    },
+    /// A device's state will come.
+    ExpectDevice {
+        device: usize,
+    },
+    /// Followed by `len` raw bytes of it.
+    WriteDevice {
+        device: usize,
+        len: u64,
+    },
+    /// All of it came: load it.
+    FinishDevice {
+        device: usize,
+    },
     /// Forget what was loaded and wait again.
     Discard,
     Status,
@@ -47,6 +76,11 @@ pub(crate) enum Reply {
         len: u64,
     },
     Status(MicroVmStatus),
+    /// A device has nothing right now.
+    Idle,
+    /// A device's state is complete.
+    End,
+    Remaining(StateEstimate),
     Refused(String),
 }
 
@@ -92,6 +126,8 @@ pub(crate) struct Identity {
     /// The threads of its processors, while they run.
     pub(crate) tasks: Vec<i32>,
     pub(crate) phase: MicroVmPhase,
+    /// What is passed through to its guest.
+    pub(crate) devices: Vec<DeviceFacts>,
 }
 
 /// A micro-VM's view of itself.
