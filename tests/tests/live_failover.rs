@@ -155,6 +155,53 @@ fn a_guest_moves_over_its_standby_and_takes_the_targets_primary() {
 }
 
 #[test]
+fn a_primary_on_the_targets_command_line_is_plugged_by_qemu() {
+    require!(root());
+    let assets = require!(Assets::find_failover());
+    let site = Site::new(&assets, &[]);
+    let source = site.boot("a");
+    let target = site.host("b").extra_args(&["-device", &primary("b")]).await_incoming("b").unwrap();
+    let (mut target, _, received) = site.move_between(&source, &[], target, &[]);
+    assert!(notes(&received).contains("took `pri0`"), "{}", notes(&received));
+    site.wire.wait_traffic("b-primary", PATIENCE).unwrap();
+    assert_alive(&mut target);
+}
+
+#[test]
+fn a_device_without_a_standby_is_given_one_for_the_move() {
+    require!(root());
+    let assets = require!(Assets::find_failover());
+    let site = Site::new(&assets, &[]);
+    // The standby's way to the wire is there, the standby is not.
+    let ports = ["a-standby", "a-primary"].map(|port| site.wire.port(port).unwrap());
+    let alone = primary("a").replace(",failover_pair_id=net0", "");
+    let words: Vec<&str> = ports.iter().flatten().map(String::as_str).chain(["-device", &alone]).collect();
+    let mut source = site.recipe.clone().extra_args(&words).boot("a").unwrap();
+    site.wire.wait_traffic("a-primary", PATIENCE).unwrap();
+    let standby = ["--failover-standby", "virtio-net-pci,for=pri0,id=net0,netdev=a-standby,bus=rp0"];
+
+    // A move that fails gives the device back and takes the standby away again.
+    let target = site.host("b").await_incoming("b").unwrap();
+    let (receiving, address) = receive(&spec(&target), &site.tls(), "");
+    let proxy = Proxy::to(&address);
+    let words = [&site.tls()[..], &["--downtime-limit", "2s"], &standby].concat();
+    let mut sending = send(&spec(&source), &proxy.address(), &words, "send:copy:300");
+    sending.wait_line("holding at");
+    assert!(devices(&mut source).contains("net0") && !devices(&mut source).contains("pri0"));
+    proxy.cut();
+    assert_eq!(sending.done().code(), 69);
+    drop((receiving, target));
+    assert!(!devices(&mut source).contains("net0"), "{}", devices(&mut source));
+    assert_as_before(&site, &mut source, "cut");
+
+    let target = site.host("b").await_incoming("b").unwrap();
+    let (mut target, _, _) =
+        site.move_between(&source, &standby, target, &["--failover-primary", &primary("b")]);
+    site.wire.wait_traffic("b-primary", PATIENCE).unwrap();
+    assert_alive(&mut target);
+}
+
+#[test]
 fn a_primary_that_cannot_be_plugged_leaves_a_guest_on_its_standby_and_a_warning() {
     require!(root());
     let assets = require!(Assets::find_failover());

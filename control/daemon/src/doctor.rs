@@ -2,12 +2,21 @@
 //!
 //! It changes nothing. Each row was read or tried just now; a row that could not be read says so.
 
+mod failover;
+mod host;
+mod kvm;
+mod rdma;
+mod sriov;
+mod vfio;
+
 use std::fs;
 use std::path::Path;
 
 use comfy_table::Table;
 use comfy_table::presets::UTF8_BORDERS_ONLY;
 use serde::Serialize;
+
+use host::Host;
 
 /// How a row bears on a move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -58,7 +67,9 @@ pub fn examine() -> Vec<Finding> {
         numa(),
         isolation(),
     ]);
-    findings.extend([kvm(), vfio(), rdma(), qemu(), throttle()]);
+    let host = Host::this();
+    findings.extend([kvm::row(&host), vfio::row(&host), vfio::iommufd_row(&host), sriov::row(&host)]);
+    findings.extend([rdma::row(&host), qemu(), failover::row(&host), throttle()]);
     findings
 }
 
@@ -281,52 +292,6 @@ fn isolation() -> Finding {
     }
 }
 
-fn kvm() -> Finding {
-    let hardware = read("/proc/cpuinfo").is_some_and(|text| {
-        text.lines()
-            .find(|l| l.starts_with("flags"))
-            .is_some_and(|l| l.split(' ').any(|flag| flag == "vmx" || flag == "svm"))
-    });
-    let opens = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
-    match (opens, hardware) {
-        (true, true) => finding("KVM", Verdict::Good, "/dev/kvm opens", "QEMU guests under KVM or TCG"),
-        (true, false) => finding(
-            "KVM",
-            Verdict::Without,
-            "/dev/kvm opens, but the CPU shows neither vmx nor svm",
-            "guests under TCG only",
-        ),
-        (false, _) => finding("KVM", Verdict::Without, "/dev/kvm does not open", "guests under TCG only"),
-    }
-}
-
-fn vfio() -> Finding {
-    if Path::new("/dev/vfio/vfio").exists() {
-        finding(
-            "VFIO",
-            Verdict::Without,
-            "/dev/vfio/vfio",
-            "not used yet: passthrough devices are the next part",
-        )
-    } else {
-        finding("VFIO", Verdict::Without, "no /dev/vfio", "guests without passthrough devices")
-    }
-}
-
-fn rdma() -> Finding {
-    let devices: Vec<String> = fs::read_dir("/sys/class/infiniband")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
-    if devices.is_empty() {
-        finding("RDMA", Verdict::Without, "no device", "lanes over TCP")
-    } else {
-        finding("RDMA", Verdict::Without, devices.join(", "), "not used yet: lanes over TCP")
-    }
-}
-
 fn qemu() -> Finding {
     let version = std::process::Command::new("qemu-system-x86_64").arg("--version").output();
     match version {
@@ -385,7 +350,10 @@ mod tests {
             "AES in the CPU",
             "KVM",
             "VFIO",
+            "iommufd",
+            "SR-IOV",
             "RDMA",
+            "failover",
             "huge pages",
             "PAGEMAP_SCAN",
             "soft-dirty",

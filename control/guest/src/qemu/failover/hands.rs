@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::{pairs, parked};
 use crate::GuestError;
 use crate::clock::{Deadline, Since};
-use crate::failover::{DeviceOptions, FailoverOptions, Hands, OnUnplugTimeout, Step};
+use crate::failover::{CancelFlag, DeviceOptions, FailoverOptions, Hands, OnUnplugTimeout, Step};
 use crate::qemu::qmp::{Qmp, QmpFailure};
 
 /// Between two looks at a guest that is waited for.
@@ -52,7 +52,7 @@ impl Hands for QmpHands<'_> {
                 if !pairs::is_plugged(self.qmp, standby.id())? {
                     return Ok(());
                 }
-                self.ask_until_gone(standby.id(), DRIVER_PATIENCE).map(|_| ())
+                self.ask_until_gone(standby.id(), &undoing()).map(|_| ())
             }
             // A primary that was plugged again has a link of its own.
             Step::Divert(id) if pairs::is_plugged(self.qmp, id)? => self.set_link(id, true),
@@ -99,7 +99,7 @@ impl QmpHands<'_> {
     fn unplug(&mut self, primary: &DeviceOptions) -> Result<(), GuestError> {
         let id = primary.id();
         tracing::info!("wait-unplug: asking the guest to give up `{id}` ({})", primary.driver());
-        let (took, asked) = self.ask_until_gone(id, self.options.unplug_timeout)?;
+        let (took, asked) = self.ask_until_gone(id, self.options)?;
         self.notes.push(format!(
             "failover: the guest gave up `{id}` ({}) after {} ms ({})",
             primary.driver(),
@@ -110,29 +110,40 @@ impl QmpHands<'_> {
     }
 
     /// Asks for a device until it is gone; how long that took, and how often the guest was asked.
-    fn ask_until_gone(&mut self, id: &str, whole: Duration) -> Result<(Duration, u32), GuestError> {
-        let began = Since::now();
+    fn ask_until_gone(
+        &mut self,
+        id: &str,
+        patience: &FailoverOptions,
+    ) -> Result<(Duration, u32), GuestError> {
+        let (began, whole) = (Since::now(), patience.unplug_timeout);
         let (mut asked, mut refused) = (0, false);
         self.qmp.forget_events();
         loop {
-            if asked >= ASKS && self.options.on_unplug_timeout == OnUnplugTimeout::Abort {
+            if asked >= ASKS && patience.on_unplug_timeout == OnUnplugTimeout::Abort {
                 return Err(kept(id, whole, asked, refused));
             }
             ask(self.qmp, id)?;
             asked += 1;
-            if self.is_gone_within(id, Deadline::after(whole / ASKS), &mut refused)? {
+            let turn = Deadline::after(whole / ASKS);
+            if self.is_gone_within(id, turn, &patience.cancel, &mut refused)? {
                 return Ok((began.elapsed(), asked));
             }
         }
     }
 
-    fn is_gone_within(&mut self, id: &str, turn: Deadline, refused: &mut bool) -> Result<bool, GuestError> {
+    fn is_gone_within(
+        &mut self,
+        id: &str,
+        turn: Deadline,
+        cancel: &CancelFlag,
+        refused: &mut bool,
+    ) -> Result<bool, GuestError> {
         while turn.left().is_some() {
             *refused |= self.guest_refuses(id)?;
             if !pairs::is_plugged(self.qmp, id)? {
                 return Ok(true);
             }
-            if self.options.cancel.is_cancelled() {
+            if cancel.is_cancelled() {
                 return Err(GuestError::Cancelled);
             }
         }
@@ -246,6 +257,11 @@ pub(super) fn frames_sent(qmp: &mut Qmp, id: &str) -> Result<Option<u64>, GuestE
 
 fn backend(id: &str) -> String {
     format!("/machine/peripheral/{id}/virtio-backend")
+}
+
+/// What is undone is undone whether the move was cancelled or not, and not waited for without end.
+fn undoing() -> FailoverOptions {
+    FailoverOptions { unplug_timeout: DRIVER_PATIENCE, ..FailoverOptions::default() }
 }
 
 fn kept(id: &str, whole: Duration, asked: u32, refused: bool) -> GuestError {

@@ -72,6 +72,11 @@ impl Pairs {
         self.standbys.iter().cloned().chain(new).collect()
     }
 
+    /// The primaries that are plugged.
+    pub(crate) fn primaries(&self) -> &[DeviceOptions] {
+        &self.primaries
+    }
+
     /// The id of the primary that is plugged beside a standby.
     pub(crate) fn primary_of(&self, standby: &str) -> Option<&str> {
         let beside = |primary: &&DeviceOptions| primary.get("failover_pair_id") == Some(standby);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::hands::{frames_sent, plug};
-use super::pairs::Pairs;
+use super::pairs::{Pairs, is_plugged};
 use crate::GuestError;
 use crate::clock::Deadline;
 use crate::failover::DeviceOptions;
@@ -35,8 +35,12 @@ impl TargetFailover {
 
     /// Plugs what is to be plugged; what an operator should know.
     pub(crate) fn finish(&self, qmp: &mut Qmp, guest_runs: bool) -> Vec<String> {
+        let mut due = self.primaries.clone();
+        // Primaries of this VMM's own command line: QEMU plugged them when it loaded the standby's state.
+        let own = Pairs::find(qmp).map(|pairs| pairs.primaries().to_vec()).unwrap_or_default();
+        due.extend(own.into_iter().filter(|own| self.primaries.iter().all(|given| given.id() != own.id())));
         let mut notes: Vec<String> =
-            self.primaries.iter().map(|primary| plug_primary(qmp, primary, guest_runs)).collect();
+            due.iter().map(|primary| plug_primary(qmp, primary, guest_runs)).collect();
         notes.extend(lonely(qmp).unwrap_or_else(|error| vec![error.to_string()]));
         notes
     }
@@ -61,7 +65,12 @@ fn paired(primary: &DeviceOptions, standbys: &[&str]) -> Result<DeviceOptions, G
 /// Plugs one primary and waits until the guest has taken it.
 fn plug_primary(qmp: &mut Qmp, primary: &DeviceOptions, guest_runs: bool) -> String {
     let (id, standby) = (primary.id(), primary.get("failover_pair_id").unwrap_or_default());
-    if let Err(error) = plug(qmp, primary) {
+    let plugged = match is_plugged(qmp, id) {
+        Ok(true) => Ok(()),
+        Ok(false) => plug(qmp, primary),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = plugged {
         let note = format!(
             "WARNING: the guest runs over its standby `{standby}` only: `{id}` could not be plugged ({error}); mend it and \
              plug it by hand: device_add {primary}"
