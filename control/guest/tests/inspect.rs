@@ -23,7 +23,7 @@ fn a_qemu_is_shown_with_its_blocks_disks_and_writers_and_stays_as_it_is() {
     let assets = require!(Assets::find());
     let recipe = recipe(&assets);
     let disk = recipe.directory().join("direct.raw");
-    create_disk(&disk, 16 * MIB).unwrap();
+    create_disk(&disk, 64).unwrap();
     let node = format!("driver=file,filename={},node-name=direct0,cache.direct=on", disk.display());
     let mut guest = recipe.extra_args(&["-blockdev", &node]).await_incoming("a").unwrap();
     let before = guest.run_state().unwrap();
