@@ -129,6 +129,7 @@ fn offer(guest: GuestFacts, versions: Vec<u16>) -> Offer {
         ciphers: vec![CipherSuite::Aes256Gcm],
         compressions: vec![CompressionMode::Off],
         lanes: 1,
+        transports: vec![LaneTransport::Tcp],
         verify: false,
         guest,
     }
@@ -140,6 +141,7 @@ fn terms(guest: GuestFacts, versions: Vec<u16>) -> TargetTerms {
         ciphers: vec![CipherSuite::Aes256Gcm],
         compressions: vec![CompressionMode::Off],
         lanes_max: 1,
+        transports: vec![LaneTransport::Tcp],
         guest,
     }
 }
