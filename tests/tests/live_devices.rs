@@ -255,3 +255,52 @@ fn a_cut_link_with_devices_leaves_the_source_running_in_every_phase() {
     }
     assert_runs_on(&source);
 }
+
+/// `vmferry` with `words`: its exit code, what it said on stdout and on stderr.
+fn vmferry(words: &[&str]) -> (i32, String, String) {
+    let output = std::process::Command::new(vmferry_tests::command::program()).args(words).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn inspect_shows_a_workload_and_its_devices_and_leaves_them_alone() {
+    let source = Workload::run_with(RAM, PLAN, DEVICES);
+    let (code, table, stderr) = vmferry(&["inspect", &source.spec()]);
+    assert_eq!(code, 0, "{stderr}");
+    for words in [
+        "running",
+        // What a device pins is written through the file and not mapped.
+        "memory      60.0 MiB in /memfd:vmferry-workload",
+        "device      gpu0 (a fake device of the workload): can move, pre-copied while the guest runs",
+        "device      fpga0 (a fake device of the workload): can move, copied after the pause",
+        "nobody tells what it writes: 4.0 MiB travel in the blackout",
+        "blocker     none was found",
+    ] {
+        assert!(table.contains(words), "{words:?} is missing in:\n{table}");
+    }
+    let (code, json, _) = vmferry(&["inspect", &source.spec(), "--json"]);
+    let seen: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((code, seen["devices"].as_array().unwrap().len()), (0, 4));
+    let pid = format!("pid:{}", seen["pid"]);
+    let (code, by_pid, _) = vmferry(&["inspect", &pid, "--json"]);
+    let by_pid: Value = serde_json::from_str(&by_pid).unwrap();
+    assert_eq!((code, &by_pid["memory"]), (0, &seen["memory"]));
+    assert_eq!(by_pid["writers"][0]["pid"], seen["pid"]);
+    source.wait_phase(Phase::Running);
+    source.assert_memory_is_right();
+}
+
+#[test]
+fn inspect_of_nothing_is_one_sentence() {
+    for (word, says, expected) in [
+        ("pid:2147483647", "no process 2147483647 runs here", 78),
+        ("process:nobody-there", "vmferry workload --name nobody-there", 78),
+        ("qemu:/nowhere/a.qmp", "/nowhere/a.qmp", 78),
+        ("whatever", "or pid:PID", 2),
+    ] {
+        let (code, stdout, stderr) = vmferry(&["inspect", word]);
+        assert_eq!((code, stdout.as_str()), (expected, ""), "{word}: {stderr}");
+        assert!(stderr.contains(says), "{word}: {stderr}");
+    }
+}

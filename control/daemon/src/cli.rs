@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vmferry_guest::GuestSpec;
 use vmferry_guest::failover::DeviceOptions;
+use vmferry_guest::inspect::InspectSpec;
 
 use crate::endpoint::Endpoint;
 use crate::quantity::{Bandwidth, CpuList, LaneCount};
@@ -38,6 +39,8 @@ pub enum Verb {
     Demo(DemoArgs),
     /// Show what this host offers and what vmferry will use.
     Doctor(DoctorArgs),
+    /// Show a guest without touching it: memory, trackers, writers, devices, and what keeps it from being moved.
+    Inspect(InspectArgs),
     /// Run the embedded guest: a process with seeded writers that proves its own memory.
     Workload(vmferry_guest::process::WorkloadArgs),
     /// Run a micro-VM on KVM: a Linux guest that 'kvm:NAME' moves.
@@ -55,6 +58,17 @@ pub enum Verb {
 pub enum KeysVerb {
     /// Make a CA (or use the one in DIR) and a host's certificates, under QEMU's file names.
     Init(KeysInitArgs),
+}
+
+/// `vmferry inspect`
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// What to look at: qemu:PATH of its QMP socket, kvm:NAME, process:NAME, or pid:PID of any VMM.
+    #[arg(value_name = "GUEST")]
+    pub guest: InspectSpec,
+    /// One JSON object instead of the table.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `vmferry keys init`

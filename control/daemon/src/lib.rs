@@ -20,6 +20,7 @@ pub mod fabric;
 pub mod failure;
 pub mod guardian;
 pub mod hold;
+pub mod inspect;
 pub mod interrupt;
 pub mod keys;
 pub mod lanes;

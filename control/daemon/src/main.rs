@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use vmferry::cli::{Cli, KeysVerb, Verb};
+use vmferry::cli::{Cli, InspectArgs, KeysVerb, Verb};
 use vmferry::failure::{EXIT_CODES, Failure};
 use vmferry::report::MoveReport;
-use vmferry::{blame, demo, doctor, guardian, keys, receive, send};
+use vmferry::{blame, demo, doctor, guardian, inspect, keys, receive, send};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -27,6 +27,7 @@ fn main() -> ExitCode {
             Err(failure) => refuse(&failure),
         },
         Verb::Doctor(args) => doctor_verb(args.json),
+        Verb::Inspect(args) => inspect_verb(&args),
         Verb::Workload(args) => match vmferry_guest::process::run(&args) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => refuse(&blame::refused_guest(&error)),
@@ -62,6 +63,22 @@ fn tell((report, result): (MoveReport, Result<(), Failure>), json: bool) -> Exit
 fn refuse(failure: &Failure) -> ExitCode {
     eprintln!("vmferry: {failure}");
     ExitCode::from(failure.exit_code())
+}
+
+fn inspect_verb(args: &InspectArgs) -> ExitCode {
+    let seen = match vmferry_guest::inspect::inspect(&args.guest) {
+        Ok(seen) => seen,
+        Err(error) => return refuse(&blame::refused_guest(&error)),
+    };
+    if !args.json {
+        println!("{}", inspect::to_table(&seen));
+        return ExitCode::SUCCESS;
+    }
+    match serde_json::to_string(&seen) {
+        Ok(line) => println!("{line}"),
+        Err(error) => eprintln!("vmferry: what was found could not be written: {error}"),
+    }
+    ExitCode::SUCCESS
 }
 
 fn doctor_verb(json: bool) -> ExitCode {

@@ -35,7 +35,8 @@ pub use kernel::{kernel_support, soft_dirty_support};
 use crate::GuestError;
 use halt::ThreadHalt;
 use inject::InjectFault;
-use writers::{Writer, add_pages};
+use writers::add_pages;
+pub(crate) use writers::{Writer, process_name};
 
 /// A file, whatever it is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -158,7 +159,7 @@ fn track_by(
     if !writers.iter().any(|writer| writer.process == vmm) {
         return Err(GuestError::misbehaved(format!(
             "{} no longer maps the guest's memory for writing; it ended, or changed its memory",
-            writers::process_name(vmm)
+            process_name(vmm)
         )));
     }
     let mut watch = Watch {

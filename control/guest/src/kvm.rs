@@ -32,6 +32,7 @@ pub use client::MicroVmControl;
 pub use server::run;
 pub use wire::{MicroVmPhase, MicroVmStatus};
 
+use crate::inspect::{Inspection, by_process};
 use crate::throttle::Throttle;
 use crate::{GuestError, SourceGuest, TargetGuest, control};
 
@@ -54,6 +55,15 @@ pub(crate) fn rescue(name: &str) -> Result<(), GuestError> {
     let identity = control.identity()?;
     let lifted = Throttle::of(identity.pid, identity.tasks).rescue();
     control.resume().and(lifted)
+}
+
+/// Looks at a micro-VM without touching it.
+pub(crate) fn inspect(name: &str) -> Result<Inspection, GuestError> {
+    let identity = MicroVmControl::connect(name)?.identity()?;
+    let mut seen = by_process(identity.pid)?;
+    seen.name = format!("{name}, {}", seen.name);
+    seen.status = Some(format!("{:?}", identity.phase).to_lowercase());
+    Ok(seen)
 }
 
 /// Where the micro-VM `name` listens: beside the workloads' sockets, as `NAME.kvm`.

@@ -14,6 +14,7 @@ mod device;
 mod error;
 pub mod failover;
 mod guest;
+pub mod inspect;
 pub mod kvm;
 mod open;
 pub mod process;

@@ -29,6 +29,7 @@ pub use client::WorkloadControl;
 pub use server::run;
 pub use wire::{DeviceStatus, Phase, WorkloadStatus};
 
+use crate::inspect::{InspectedDevice, Inspection, by_process};
 use crate::{GuestError, SourceGuest, TargetGuest, control};
 
 /// Opens a workload that runs here.
@@ -39,6 +40,16 @@ pub(crate) fn open_source(name: &str) -> Result<Box<dyn SourceGuest>, GuestError
 /// Opens a workload that waits for its memory.
 pub(crate) fn open_target(name: &str) -> Result<Box<dyn TargetGuest>, GuestError> {
     Ok(Box::new(target::ProcessTarget::open(name)?))
+}
+
+/// Looks at a workload without touching it.
+pub(crate) fn inspect(name: &str) -> Result<Inspection, GuestError> {
+    let identity = WorkloadControl::connect(name)?.identity()?;
+    let mut seen = by_process(identity.pid)?;
+    seen.name = format!("{name}, {}", seen.name);
+    seen.status = Some(format!("{:?}", identity.phase).to_lowercase());
+    seen.devices = device_stream::facts(&identity).into_iter().map(InspectedDevice::from).collect();
+    Ok(seen)
 }
 
 /// Makes a workload run again after its sender died.

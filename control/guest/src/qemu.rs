@@ -14,11 +14,13 @@ mod blocks;
 mod devices;
 mod facts;
 mod failover;
+mod inspect;
 mod migration;
 mod qmp;
 mod source;
 mod stream;
 mod target;
 
+pub(crate) use inspect::inspect;
 pub use source::{QemuSource, rescue};
 pub use target::QemuTarget;

@@ -4,7 +4,7 @@
 //! does not tell us is which pages the device writes, so every page that it could write counts as pinned.
 
 use serde_json::{Value, json};
-use vmferry_datapath::RamLayout;
+use vmferry_datapath::{ByteLen, RamLayout};
 
 use super::qmp::{Qmp, QmpFailure};
 use crate::GuestError;
@@ -20,6 +20,15 @@ pub(crate) fn passed_through(
     layout: &RamLayout,
     away: &[String],
 ) -> Result<Vec<DeviceFacts>, GuestError> {
+    passed_through_reaching(qmp, layout.total_bytes(), away)
+}
+
+/// The same, for a guest with so much memory.
+pub(super) fn passed_through_reaching(
+    qmp: &mut Qmp,
+    reach: ByteLen,
+    away: &[String],
+) -> Result<Vec<DeviceFacts>, GuestError> {
     let mut found = Vec::new();
     for home in HOMES {
         let children = qmp.execute("qom-list", json!({ "path": home }))?;
@@ -33,7 +42,7 @@ pub(crate) fn passed_through(
             if away.iter().any(|id| id == name) {
                 continue;
             }
-            found.push(facts(qmp, &format!("{home}/{name}"), name, &format!("vfio-{driver}"), layout)?);
+            found.push(facts(qmp, &format!("{home}/{name}"), name, &format!("vfio-{driver}"), reach)?);
         }
     }
     Ok(found)
@@ -44,7 +53,7 @@ fn facts(
     path: &str,
     name: &str,
     driver: &str,
-    layout: &RamLayout,
+    reach: ByteLen,
 ) -> Result<DeviceFacts, GuestError> {
     let place = ["sysfsdev", "host"].into_iter().find_map(|property| text(qmp, path, property).transpose());
     let place = place.transpose()?.unwrap_or_else(|| "an unknown place".to_owned());
@@ -63,7 +72,7 @@ fn facts(
         what: format!("{driver} at {place}"),
         migration,
         dma: DmaTracking::None,
-        pinned: layout.total_bytes(),
+        pinned: reach,
     })
 }
 

@@ -127,11 +127,16 @@ pub(crate) fn is_idle(status: &str) -> bool {
     matches!(status, "none" | "completed" | "failed" | "cancelled")
 }
 
+/// QEMU's reasons why it will not migrate, as it says them.
+pub(crate) fn blockers(qmp: &mut Qmp) -> Result<Vec<String>, GuestError> {
+    let answer = qmp.execute("query-migrate", Value::Null)?;
+    let reasons = answer["blocked-reasons"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    Ok(reasons.map(str::to_owned).collect())
+}
+
 /// Devices that QEMU itself refuses to migrate, with its reasons.
 pub(crate) fn refuse_blockers(qmp: &mut Qmp) -> Result<(), GuestError> {
-    let answer = qmp.execute("query-migrate", Value::Null)?;
-    let reasons: Vec<&str> =
-        answer["blocked-reasons"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let reasons = blockers(qmp)?;
     if reasons.is_empty() {
         return Ok(());
     }
