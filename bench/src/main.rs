@@ -5,6 +5,7 @@
 //!   migrate               the same guest moved by QEMU and by vmferry
 //!   downtime              many moves there and back: histograms, plot, calibration of the prediction
 //!   growth                time against guest size
+//!   rdma                  operations and system calls for each GiB, over TCP and over RDMA
 //! ```
 
 mod cpu;
@@ -16,6 +17,8 @@ mod histogram;
 mod measure;
 mod memory;
 mod migrate;
+#[cfg(feature = "rdma")]
+mod operations;
 mod output;
 mod parts;
 mod plot;
@@ -57,6 +60,9 @@ enum What {
     Downtime(downtime::DowntimeArgs),
     /// Time against guest size.
     Growth(growth::GrowthArgs),
+    /// Operations and system calls for each GiB, over TCP and over RDMA.
+    #[cfg(feature = "rdma")]
+    Rdma(operations::RdmaArgs),
 }
 
 fn main() -> ExitCode {
@@ -69,6 +75,8 @@ fn main() -> ExitCode {
         What::Migrate(args) => migrate::run(args, cli.quick, &mut output),
         What::Downtime(args) => downtime::run(args, cli.quick, &mut output),
         What::Growth(args) => growth::run(args, cli.quick, &mut output),
+        #[cfg(feature = "rdma")]
+        What::Rdma(args) => operations::run(args, cli.quick, &mut output),
     };
     output.finish();
     match done {

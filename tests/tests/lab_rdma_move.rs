@@ -194,3 +194,19 @@ fn a_target_without_rdma_is_refused_in_a_sentence_or_reached_over_tcp_when_told_
     let sent = send(&source.spec(), &address, &words, "").done();
     assert_moved(&sent, &receiving.done(), &target);
 }
+
+#[test]
+fn the_bench_counts_what_each_way_asks_for() {
+    let bench = vmferry_tests::command::program().with_file_name("vmferry-bench");
+    let ran = Command::new(bench).args(["rdma", "--address", FAR, "--quick", "--json"]).output().unwrap();
+    let (said, told) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success(), "{told}");
+    let report: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    let rows = report["rdma"].as_array().unwrap();
+    assert_eq!(rows.len(), 3, "{report}");
+    for row in rows {
+        let count = |key: &str| row[key].as_f64().unwrap();
+        assert!(count("operations") > 0.0 && count("system_calls") > 0.0, "{row}");
+        println!("lab: per GiB: {row}");
+    }
+}

@@ -28,6 +28,7 @@ use crate::limits::{RDMA_PIECE_BYTES_MIN, RDMA_RING_PART, RDMA_SENDS};
 use crate::page::ChunkIndex;
 
 mod cm;
+mod counts;
 mod error;
 mod inbox;
 pub mod memlock;
@@ -36,10 +37,12 @@ mod verbs;
 mod wire;
 
 pub use cm::{HELLO_BYTES_MAX, RdmaConnection, RdmaKnock, RdmaListener};
+pub use counts::{RdmaCount, RdmaCounts};
 pub use error::RdmaError;
 pub use placement::OpenRam;
 
 use cm::{Connection, Notice};
+use counts::Counts;
 use inbox::Inbox;
 use placement::{Place, Placer, cannot_open};
 use verbs::{Done, Reach, Region};
@@ -69,19 +72,6 @@ enum Posted {
     Credit,
     /// A note.
     Note,
-}
-
-/// What was counted on one link.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RdmaCount {
-    /// Work requests posted for sending.
-    pub requests: u64,
-    /// Of those, runs of pages that went straight into a guest.
-    pub placed: u64,
-    /// Of those, the ones that carried bytes of slots.
-    pub writes: u64,
-    /// Times that the lane slept.
-    pub sleeps: u64,
 }
 
 /// What goes past the records.
@@ -114,7 +104,7 @@ pub struct RdmaLink {
     fault: Option<LinkFault>,
     /// The queue pair carries nothing any more; why is known when every request has come back.
     over: bool,
-    count: RdmaCount,
+    counts: Arc<Counts>,
 }
 
 /// What [`Link::prepare`] allocates and registers.
@@ -160,14 +150,14 @@ impl RdmaLink {
             taken_by_peer: 0,
             fault: None,
             over: false,
-            count: RdmaCount::default(),
+            counts: Arc::default(),
         }
     }
 
-    /// What was counted so far.
+    /// What reads this link's counts, also after a lane took it over.
     #[must_use]
-    pub fn count(&self) -> RdmaCount {
-        self.count
+    pub fn counts(&self) -> RdmaCounts {
+        RdmaCounts::of(&self.counts)
     }
 
     fn is_free(&self, slot: usize) -> bool {
@@ -284,7 +274,7 @@ impl RdmaLink {
 
     fn book(&mut self, posted: Posted) {
         self.posted.push_back(posted);
-        self.count.requests += 1;
+        self.counts.requests.add(1);
     }
 
     /// Tells the peer what was taken out of our ring, if it is due and no other credit is on its way.
@@ -325,7 +315,7 @@ impl RdmaLink {
             self.queue.pop_front();
         }
         self.written += len as u64;
-        self.count.writes += 1;
+        self.counts.writes.add(1);
         self.book(Posted::Slot(slot));
         Ok(true)
     }
@@ -421,7 +411,7 @@ impl Link for RdmaLink {
             return Ok(true);
         }
         self.check()?;
-        self.count.sleeps += 1;
+        self.counts.sleeps.add(1);
         self.connection.wait(wait);
         // A fault that this brought is reported by the next call, after the bytes that came with it.
         self.pump()

@@ -220,8 +220,8 @@ impl RdmaLink {
             let there = address + u64::from(first) * PAGE_BYTES as u64;
             self.connection.queue_pair.post_write(Some(piece), there, key, None)?;
             self.posted.push_back(Posted::Placed(slot));
-            self.count.requests += 1;
-            self.count.placed += 1;
+            self.counts.requests.add(1);
+            self.counts.placed.add(1);
             at += len;
         }
         Ok(true)
