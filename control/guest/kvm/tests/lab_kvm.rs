@@ -164,3 +164,13 @@ fn a_wrong_number_of_cpus_is_refused() {
     let refused = Machine::restore(blank, &state).err().expect("a refusal").to_string();
     assert!(refused.contains("--cpus 1"), "{refused}");
 }
+
+#[path = "../examples/move_in_one_process.rs"]
+mod example;
+
+#[test]
+fn the_example_moves_a_guest_in_one_process() {
+    let pages = example::move_in_one_process().unwrap();
+    println!("lab: {pages} pages in rounds and in the blackout");
+    assert!(pages > 4096, "the first round is all of the memory, and the guest wrote on: {pages}");
+}
