@@ -66,11 +66,19 @@ impl Site {
 
     /// Moves a guest to `name`, whose receiver is given `words`.
     fn move_to(&self, source: &RunningGuest, name: &str, words: &[&str]) -> (RunningGuest, Done, Done) {
-        let target = self.host(name).await_incoming(name).unwrap();
-        let (receiving, address) = receive(&spec(&target), &[&self.tls(), words].concat(), "");
-        let sent =
-            send(&spec(source), &address, &[&self.tls()[..], &["--downtime-limit", "2s"]].concat(), "")
-                .done();
+        self.move_between(source, &[], self.host(name).await_incoming(name).unwrap(), words)
+    }
+
+    fn move_between(
+        &self,
+        source: &RunningGuest,
+        send_words: &[&str],
+        target: RunningGuest,
+        receive_words: &[&str],
+    ) -> (RunningGuest, Done, Done) {
+        let (receiving, address) = receive(&spec(&target), &[&self.tls(), receive_words].concat(), "");
+        let words = [&self.tls()[..], &["--downtime-limit", "2s"], send_words].concat();
+        let sent = send(&spec(source), &address, &words, "").done();
         let received = receiving.done();
         assert_eq!(
             (sent.code(), received.code()),
