@@ -54,13 +54,27 @@ impl DeviceOptions {
         self.get("driver").unwrap_or_default()
     }
 
-    /// The arguments of QMP's `device_add`.
-    #[must_use]
-    pub fn arguments(&self) -> Value {
-        Value::Object(
-            self.0.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect::<Map<_, _>>(),
-        )
+    /// The arguments of QMP's `device_add`, which takes no text for a number or a switch: `kind` says which of QEMU's
+    /// types an option has. One that it does not know, or whose value does not fit, goes as text, for QEMU to judge.
+    pub fn arguments(&self, kind: impl Fn(&str) -> Option<String>) -> Value {
+        let typed = |(key, value): &(String, String)| (key.clone(), typed(kind(key).as_deref(), value));
+        Value::Object(self.0.iter().map(typed).collect::<Map<_, _>>())
     }
+}
+
+fn typed(kind: Option<&str>, value: &str) -> Value {
+    let fitting = match (kind, value) {
+        (Some("bool"), "on" | "true" | "yes") => Some(true.into()),
+        (Some("bool"), "off" | "false" | "no") => Some(false.into()),
+        (Some(kind), _) if kind.starts_with("int") => value.parse::<i64>().ok().map(Value::from),
+        (Some(kind), _) if kind.starts_with("uint") || kind == "size" => unsigned(value).map(Value::from),
+        (Some(_) | None, _) => None,
+    };
+    fitting.unwrap_or_else(|| value.into())
+}
+
+fn unsigned(value: &str) -> Option<u64> {
+    value.strip_prefix("0x").map_or_else(|| value.parse().ok(), |digits| u64::from_str_radix(digits, 16).ok())
 }
 
 impl FromStr for DeviceOptions {
@@ -126,7 +140,7 @@ mod tests {
         let options: DeviceOptions = "driver=vfio-pci,id=vf0,host=a".parse().unwrap();
         let options = options.with("host", "b").with("bus", "rp1").without("id");
         assert_eq!(
-            options.arguments(),
+            options.arguments(|_| None),
             serde_json::json!({ "driver": "vfio-pci", "host": "b", "bus": "rp1" })
         );
     }

@@ -4,6 +4,7 @@
 //! things, QEMU's events, whether the device is still there, and the clock, and asks again before it gives up. A request
 //! cannot be taken back; a guest that answers after we gave up is why undoing looks first and plugs only what is gone.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -20,8 +21,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 const TRAFFIC_PATIENCE: Duration = Duration::from_secs(1);
 /// A driver takes a new device, or lets a standby go, within this time.
 const DRIVER_PATIENCE: Duration = Duration::from_secs(10);
-/// A slot that has just lost its device refuses a new one for a moment.
+/// A slot that has just lost its device refuses a new one for a moment; and QEMU frees what the old one held (its
+/// bootindex, its netdev, its id) a moment after it has said that it is gone.
 const PLUG_PATIENCE: Duration = Duration::from_secs(5);
+/// QEMU's words for that.
+const STILL_HELD: [&str; 5] =
+    ["in process of", "in the process of", "has already been used", "in use", "Duplicate device ID"];
 /// A guest is asked this many times within `unplug_timeout`.
 const ASKS: u32 = 4;
 
@@ -199,18 +204,32 @@ impl QmpHands<'_> {
 /// Plugs a device; a slot that is not ready yet is asked again for a while.
 pub(super) fn plug(qmp: &mut Qmp, device: &DeviceOptions) -> Result<(), GuestError> {
     let within = Deadline::after(PLUG_PATIENCE);
+    let kinds = option_kinds(qmp, device.driver())?;
+    let arguments = device.arguments(|key| kinds.get(key).cloned());
     loop {
-        let refused = match qmp.execute("device_add", device.arguments()) {
+        let refused = match qmp.execute("device_add", arguments.clone()) {
             Ok(_) => return Ok(()),
             Err(lost @ QmpFailure::Lost(_)) => return Err(lost.into()),
             Err(QmpFailure::Refused(words)) => words,
         };
-        let busy = refused.contains("in process of") || refused.contains("in the process of");
+        let busy = STILL_HELD.iter().any(|words| refused.contains(words));
         if !busy || within.left().is_none() {
             return Err(GuestError::misbehaved(refused));
         }
         std::thread::sleep(LOOK_EVERY);
     }
+}
+
+/// The types of a driver's options, in QEMU's words; none for a driver that QEMU does not know.
+fn option_kinds(qmp: &mut Qmp, driver: &str) -> Result<HashMap<String, String>, GuestError> {
+    let answer = match qmp.execute("device-list-properties", json!({ "typename": driver })) {
+        Ok(answer) => answer,
+        Err(QmpFailure::Refused(_)) => return Ok(HashMap::new()),
+        Err(lost @ QmpFailure::Lost(_)) => return Err(lost.into()),
+    };
+    let kind =
+        |option: &Value| Some((option["name"].as_str()?.to_owned(), option["type"].as_str()?.to_owned()));
+    Ok(answer.as_array().into_iter().flatten().filter_map(kind).collect())
 }
 
 /// Asks the guest for a device. That it was asked already, or that the device is gone, is no error.
