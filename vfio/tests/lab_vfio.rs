@@ -63,6 +63,8 @@ fn a_card_refuses_what_is_not_its_state_and_works_on() {
         target = sink.abandon(error).device;
         assert_eq!(target.state().unwrap(), MigState::Running);
     }
+    // Saving left it in STOP_COPY, and pre-copy begins in a device that runs.
+    source.set_state(MigState::Running).unwrap();
     contract::moves(&mut source, target, true).unwrap();
 }
 

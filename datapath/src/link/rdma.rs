@@ -7,7 +7,7 @@
 //!
 //! *Sealed*: records go through the ring, as they go through a socket. The peer, and whoever can forge packets on the
 //! fabric, may write to the ring at any time: so bytes are copied out of it once, and opened in memory that no card can
-//! reach. *Direct* ([`placement`]): page bodies go one-sided into the guest's memory, and only what tells of them goes
+//! reach. *Direct* (the module `placement`): page bodies go one-sided into the guest's memory, and only what tells of them goes
 //! through the ring, on the same queue pair and therefore after them.
 //!
 //! Requests of one queue pair are carried out in order, so a later copy of a page never lands before an earlier one.
