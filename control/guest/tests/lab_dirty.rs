@@ -1,60 +1,13 @@
-//! The contract of dirty logs on another process: `PAGEMAP_SCAN`, and the soft-dirty bits that only the lab's kernel has.
+//! The contract of dirty logs on another process, by the soft-dirty bits that only the lab's kernel has, and by
+//! `PAGEMAP_SCAN` on that kernel.
 
-use std::os::unix::fs::MetadataExt;
+#[path = "commanded/process.rs"]
+mod process;
 
-use vmferry_datapath::dirty::contract::{Scribe, check};
-use vmferry_datapath::{ByteLen, PageIndex, RamBlock, RamLayout};
-use vmferry_guest::GuestError;
-use vmferry_guest::attach::{self, BlockPlace, Inode, Tracked};
-use vmferry_rig::CommandedWriter;
+use vmferry_datapath::dirty::contract::check;
+use vmferry_guest::attach;
 
-const BYTES: u64 = 16 << 20;
-const PAGES: u64 = BYTES / 4096;
-
-struct Process {
-    writer: CommandedWriter,
-    layout: RamLayout,
-    place: BlockPlace,
-    _folder: tempfile::TempDir,
-}
-
-impl Process {
-    fn start() -> Process {
-        let folder = tempfile::tempdir_in("/dev/shm").expect("shared memory");
-        let path = folder.path().join("ram");
-        let file = std::fs::File::create(&path).expect("a file there");
-        file.set_len(BYTES).expect("room for it");
-        let block = RamBlock { name: "ram".into(), len: ByteLen(BYTES), page_bytes: 4096 };
-        let layout = RamLayout::new(vec![block]).expect("one block is a layout");
-        let metadata = file.metadata().expect("an open file");
-        let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
-        let inode = Inode { device, number: metadata.ino() };
-        let place = BlockPlace { inode, offset: 0, len: BYTES, first_page: PageIndex(0) };
-        let writer = CommandedWriter::start(&path).expect("the rig's programs are built");
-        Process { writer, layout, place, _folder: folder }
-    }
-
-    fn track(
-        &self,
-        by: fn(i32, &RamLayout, &[BlockPlace]) -> Result<Tracked, GuestError>,
-    ) -> Result<Tracked, GuestError> {
-        by(i32::try_from(self.writer.pid()).expect("a process id"), &self.layout, &[self.place])
-    }
-}
-
-impl Scribe for Process {
-    fn layout(&self) -> &RamLayout {
-        &self.layout
-    }
-
-    fn span(&self) -> (PageIndex, PageIndex) {
-        (PageIndex(0), PageIndex(PAGES))
-    }
-
-    fn write(&mut self, pages: &[PageIndex]) -> Result<(), String> {
-        self.writer.write(pages.iter().map(|page| page.0)).map_err(|error| error.to_string())
-    }
-}
+use process::Process;
 
 #[test]
 fn pagemap_scan_keeps_the_contract() {
