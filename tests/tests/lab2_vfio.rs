@@ -159,15 +159,16 @@ impl MicroVm {
         let mut child = command.stdin(Stdio::null()).spawn().unwrap();
         let mut accept = |listener: &UnixListener| {
             listener.set_nonblocking(true).unwrap();
-            loop {
+            let stream = loop {
                 if let Ok((stream, _)) = listener.accept() {
-                    stream.set_nonblocking(false).unwrap();
-                    stream.set_read_timeout(Some(GUEST_TIMEOUT)).unwrap();
-                    return stream;
+                    break stream;
                 }
                 assert!(child.try_wait().unwrap().is_none(), "the micro-VM did not start");
                 std::thread::sleep(Duration::from_millis(10));
-            }
+            };
+            stream.set_nonblocking(false).unwrap();
+            stream.set_read_timeout(Some(GUEST_TIMEOUT)).unwrap();
+            stream
         };
         let (console, beat) = (accept(&console), accept(&beat));
         let vm = MicroVm { child, name: name.to_owned(), beat, console, _folder: folder, _card: card };

@@ -35,7 +35,8 @@ pub(crate) struct Step {
     pub(crate) test: String,
 }
 
-/// All tests of a run, in order: those of one host first, shared out among the two, then those of both.
+/// All tests of a run, in order: those of both hosts first, while neither is ahead of the other, then those of one host,
+/// shared out among the two.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Plan {
     steps: Vec<Step>,
@@ -56,14 +57,11 @@ impl Plan {
             let tests = binary.tests.iter().filter(wanted).map(|test| (binary.name.clone(), test.clone()));
             if two { of_two.extend(tests) } else { of_one.extend(tests) }
         }
-        let places = [Where::A, Where::B].into_iter().cycle();
-        plan.steps.extend(of_one.into_iter().zip(places).map(|((binary, test), place)| Step {
-            place,
-            binary,
-            test,
-        }));
         let both = |(binary, test)| Step { place: Where::Both, binary, test };
         plan.steps.extend(of_two.into_iter().map(both));
+        let places = [Where::A, Where::B].into_iter().cycle();
+        let alone = |((binary, test), place)| Step { place, binary, test };
+        plan.steps.extend(of_one.into_iter().zip(places).map(alone));
         Ok(plan)
     }
 
@@ -111,7 +109,7 @@ mod tests {
     fn one_host_tests_are_shared_out_and_two_host_tests_run_on_both() {
         let binaries = [binary("lab_x", &["one", "two", "three"]), binary("lab2_y", &["move"])];
         let plan = Plan::make(&binaries, None).unwrap();
-        assert_eq!(plan.to_string(), "a lab_x one\nb lab_x two\na lab_x three\nab lab2_y move\n");
+        assert_eq!(plan.to_string(), "ab lab2_y move\na lab_x one\nb lab_x two\na lab_x three\n");
         assert_eq!(
             Plan::make(&binaries, Some("lab_x::t")).unwrap().to_string(),
             "a lab_x two\nb lab_x three\n"
