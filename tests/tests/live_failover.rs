@@ -16,8 +16,8 @@ use vmferry_tests::proxy::Proxy;
 const MIB: u64 = 1 << 20;
 const PLAN: &str = "seed=3,pages=4096,set=1024,pattern=random,rate=2MiB,zero=100";
 const MAC: &str = "52:54:00:00:00:07";
-/// Numbers that may be lost in a move there: two changes of the device and one blackout, at 200 a second on two cores
-/// that emulate both hosts. Seen: none.
+/// Numbers that may be lost between the guest's last frame over the source's primary and the first answer by the target's
+/// standby: one change of the device and one blackout, at 200 a second on two cores that emulate both hosts. Seen: none.
 const LOST_MAX: u64 = 40;
 /// The longest silence that the host on the wire may have heard. Seen: 83 ms, most of it the blackout.
 const SILENCE_MAX: Duration = Duration::from_secs(1);
@@ -121,6 +121,10 @@ fn settled(guest: &mut RunningGuest, lost_before: u64) -> NetStatus {
     quiet()
 }
 
+fn lost_between(before: NetStatus, after: NetStatus) -> u64 {
+    after.lost().saturating_sub(before.lost())
+}
+
 fn assert_alive(guest: &mut RunningGuest) {
     let report = guest.console().verify().unwrap();
     assert!(report.is_clean(), "{} of {} pages are wrong", report.wrong, report.pages);
@@ -152,7 +156,7 @@ fn a_guest_moves_over_its_standby_and_takes_the_targets_primary() {
     std::thread::sleep(Duration::from_millis(500));
     let after = settled(&mut target, before.lost());
 
-    let lost = after.lost() - before.lost().min(after.lost());
+    let lost = lost_between(before, after);
     println!(
         "{} sent during the move, {lost} lost, {} refused by the guest's kernel; longest silence {silence:?}; {} over the \
          source's standby, {} over the target's, {} answers found nobody",
@@ -162,7 +166,10 @@ fn a_guest_moves_over_its_standby_and_takes_the_targets_primary() {
         site.wire.arrived_by("b-standby"),
         site.wire.undeliverable()
     );
-    assert!(lost <= LOST_MAX, "{lost} of {} numbers were lost", after.sent - before.sent);
+    // A primary that has just been plugged has no link yet, and until it has one the guest sends by its standby and drops
+    // what comes back by it (`net_failover_handle_frame` in Linux). Nobody outside of the guest can help that.
+    let plugged = site.wire.arrived_by("b-standby");
+    assert!(lost <= LOST_MAX + plugged, "{lost} of {} numbers were lost", after.sent - before.sent);
     assert!(silence <= SILENCE_MAX, "nothing was heard of the guest for {silence:?}");
     assert!(site.wire.arrived_by("a-standby") > 0 && site.wire.arrived_by("b-standby") > 0);
     for word in ["gave up `pri0`", "frames over `net0`"] {
@@ -224,7 +231,8 @@ fn a_primary_that_cannot_be_plugged_leaves_a_guest_on_its_standby_and_a_warning(
     require!(root());
     let assets = require!(Assets::find_failover());
     let site = Site::new(&assets, &[]);
-    let source = site.boot("a");
+    let mut source = site.boot("a");
+    let before = source.console().net().unwrap();
     let broken = primary("b").replace("netdev=b-primary", "netdev=nowhere");
     let (mut target, _, received) = site.move_to(&source, "b", &["--failover-primary", &broken]);
     assert!(
@@ -234,6 +242,10 @@ fn a_primary_that_cannot_be_plugged_leaves_a_guest_on_its_standby_and_a_warning(
     );
     assert!(received.stderr.contains("could not be plugged"), "{}", received.stderr);
     site.wire.wait_traffic("b-standby", PATIENCE).unwrap();
+    // Without a second change of the device this is what the first one and the blackout cost.
+    let lost = lost_between(before, settled(&mut target, before.lost()));
+    println!("{lost} lost until the guest is on the target's standby");
+    assert!(lost <= LOST_MAX, "{lost} numbers were lost");
     assert_alive(&mut target);
 }
 

@@ -1,8 +1,8 @@
 //! How a device that cannot migrate leaves its guest for the time of a move, and comes back.
 //!
 //! ```text
-//!   source:  remember ─► plug standby ─► standby ready ─► divert ─► traffic moved ─► unplug primary ─► (the move)
-//!            forget   ◄─ unplug standby ◄──────────────── link up ◄──────────────── plug primary   ◄─ any failure
+//!   source:  remember ─► plug standby ─► standby ready ─► unplug primary ─► traffic moved ─► (the move)
+//!            forget   ◄─ unplug standby ◄─────────────────── plug primary ◄──────────────────── any failure
 //!   target:  (the guest runs) ─► plug the target's own primary ─► the guest takes it
 //! ```
 //!

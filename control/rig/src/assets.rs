@@ -12,7 +12,7 @@ const MODULES: [&str; 6] =
     ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
 
 /// What a guest with a failover pair loads, in this order; its virtio bus is built in.
-const FAILOVER_MODULES: [&str; 4] = ["failover", "net_failover", "virtio_net", "e1000e"];
+const FAILOVER_MODULES: [&str; 5] = ["failover", "net_failover", "virtio_net", "e1000e", "igbvf"];
 
 /// All that it takes to boot a guest.
 #[derive(Debug, Clone)]

@@ -39,7 +39,7 @@ pub use need::{huge_pages, root, skip};
 pub use qemu::{Memory, QemuGuest, RigDirectory, RunningGuest};
 pub use qmp::Qmp;
 pub use second_writer::{SecondWriter, SecondWriting};
-pub use wire::{GUEST_ADDRESS, WIRE_ADDRESS, WIRE_PORT, Wire};
+pub use wire::{GUEST_ADDRESS, WIRE_ADDRESS, WIRE_MAC, WIRE_PORT, Wire};
 
 /// What went wrong while a guest was set up or asked.
 #[derive(Debug, thiserror::Error)]

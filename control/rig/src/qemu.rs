@@ -26,6 +26,11 @@ const SHARED_MEMORY: &str = "/dev/shm";
 const KERNEL_WORDS: &str = "console=ttyS0 quiet loglevel=1 panic=-1 nokaslr mitigations=off audit=0 \
      no_timer_check tsc=reliable random.trust_cpu=on rcupdate.rcu_expedited=1";
 
+/// A processor of software, with everything that it can.
+const EMULATED: [&str; 4] = ["-accel", "tcg,thread=multi", "-cpu", "max"];
+/// This host's own.
+const ON_KVM: [&str; 4] = ["-accel", "kvm", "-cpu", "host"];
+
 /// What the guest's memory is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Memory {
@@ -86,6 +91,7 @@ pub struct QemuGuest {
     memory: Memory,
     disk: Option<PathBuf>,
     machine: String,
+    processor: [&'static str; 4],
     extra: Vec<String>,
     words: String,
     prealloc: bool,
@@ -104,6 +110,7 @@ impl QemuGuest {
             memory: Memory::SharedFile,
             disk: None,
             machine: "q35".to_owned(),
+            processor: EMULATED,
             extra: Vec::new(),
             words: String::new(),
             prealloc: false,
@@ -150,6 +157,13 @@ impl QemuGuest {
     #[must_use]
     pub fn machine(mut self, machine: &str) -> Self {
         machine.clone_into(&mut self.machine);
+        self
+    }
+
+    /// Runs on this host's KVM, with all features of its CPU, instead of an emulated one.
+    #[must_use]
+    pub fn kvm(mut self) -> Self {
+        self.processor = ON_KVM;
         self
     }
 
@@ -265,7 +279,7 @@ impl QemuGuest {
         let total: u64 = self.blocks.iter().sum();
         let mut args: Vec<String> =
             ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"].map(str::to_owned).to_vec();
-        args.extend(["-accel", "tcg,thread=multi", "-cpu", "max"].map(str::to_owned));
+        args.extend(self.processor.map(str::to_owned));
         args.extend(["-smp".to_owned(), self.cpus.to_string()]);
         args.extend(["-m".to_owned(), format!("{}K", total / 1024)]);
         for (block, bytes) in self.blocks.iter().enumerate() {

@@ -2,21 +2,24 @@
 //!
 //! ```text
 //!   QEMU's NIC ── -netdev dgram (UNIX) ──► port ──► numbered frame: counted once, its answer goes back to the same port
+//!   a card of this host ── packet socket ──► port ──►  … the same
 //! ```
 //!
 //! Every NIC has a port of its own, and all ports are the same host: like a switch that has learned where the guest
 //! is, an answer takes the port that the question came by. So the ports tell which device the guest sends over, and
 //! the numbers tell what was lost on the way.
 
+mod end;
+
 use std::collections::HashSet;
 use std::io::ErrorKind;
-use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crate::RigError;
 use crate::heartbeat::now;
+use end::End;
 
 /// The address that a guest takes.
 pub const GUEST_ADDRESS: [u8; 4] = [10, 9, 0, 2];
@@ -27,14 +30,10 @@ pub const WIRE_PORT: u16 = 7007;
 /// The same as it stands in a datagram.
 const WIRE_PORT_BYTES: [u8; 2] = [27, 95];
 const _: () = assert!(WIRE_PORT == WIRE_PORT_BYTES[0] as u16 * 256 + WIRE_PORT_BYTES[1] as u16);
-/// The MAC of the host on the wire.
-const WIRE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+/// The MAC of the host on the wire; a card that is a port must have it.
+pub const WIRE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// Longer than any frame.
 const FRAME_BYTES_MAX: usize = 70_000;
-/// A NIC that takes no frame for so long loses it.
-const DELIVERY_TIMEOUT: Duration = Duration::from_millis(2);
-/// How often a port looks whether its wire is gone.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// What came over the wire.
 #[derive(Debug, Default)]
@@ -67,15 +66,22 @@ impl Wire {
         for file in [&ours, &theirs] {
             let _ = std::fs::remove_file(file);
         }
-        let what = || format!("cannot open the port {}", ours.display());
-        let socket = UnixDatagram::bind(&ours).map_err(RigError::host(what()))?;
-        socket.set_read_timeout(Some(LOOK_EVERY)).map_err(RigError::host(what()))?;
-        socket.set_write_timeout(Some(DELIVERY_TIMEOUT)).map_err(RigError::host(what()))?;
-        let (weak, port, answers_to) = (Arc::downgrade(&self.traffic), name.to_owned(), theirs.clone());
-        std::thread::spawn(move || listen(&socket, &answers_to, &port, &weak));
+        self.listen_at(End::datagrams(&ours, &theirs)?, name);
         let (local, remote) = (theirs.display(), ours.display());
         let ends = format!("local.type=unix,local.path={local},remote.type=unix,remote.path={remote}");
         Ok(["-netdev".to_owned(), format!("dgram,id={name},{ends}")])
+    }
+
+    /// Opens a port at a card of this host: whoever sends through the card (a function of it, say) is on the wire. The
+    /// card must be up and have the address [`WIRE_MAC`].
+    pub fn card_port(&self, name: &str, card: &str) -> Result<(), RigError> {
+        self.listen_at(End::card(card)?, name);
+        Ok(())
+    }
+
+    fn listen_at(&self, end: End, name: &str) {
+        let (weak, port) = (Arc::downgrade(&self.traffic), name.to_owned());
+        std::thread::spawn(move || listen(&end, &port, &weak));
     }
 
     /// Numbers that arrived, each once.
@@ -120,20 +126,20 @@ impl Wire {
     }
 }
 
-fn listen(socket: &UnixDatagram, to: &Path, port: &str, wire: &Weak<Mutex<Traffic>>) {
+fn listen(end: &End, port: &str, wire: &Weak<Mutex<Traffic>>) {
     let mut frame = vec![0; FRAME_BYTES_MAX];
     loop {
-        let read = socket.recv(&mut frame);
+        let read = end.receive(&mut frame);
         let Some(traffic) = wire.upgrade() else { return };
         match read {
-            Ok(len) => serve(socket, to, &mut frame[..len], port, &traffic),
+            Ok(len) => serve(end, &mut frame[..len], port, &traffic),
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
             Err(_) => return,
         }
     }
 }
 
-fn serve(socket: &UnixDatagram, to: &Path, frame: &mut [u8], port: &str, traffic: &Mutex<Traffic>) {
+fn serve(end: &End, frame: &mut [u8], port: &str, traffic: &Mutex<Traffic>) {
     let answered = if answer_arp(frame) {
         true
     } else if let Some(number) = answer_datagram(frame) {
@@ -143,7 +149,7 @@ fn serve(socket: &UnixDatagram, to: &Path, frame: &mut [u8], port: &str, traffic
         false
     };
     // A guest that stands still reads nothing: what would wait for it is lost, as on a real wire.
-    if answered && socket.send_to(frame, to).is_err() {
+    if answered && end.answer(frame).is_err() {
         traffic.lock().unwrap_or_else(PoisonError::into_inner).undeliverable += 1;
     }
 }
@@ -202,6 +208,8 @@ fn answer_datagram(frame: &mut [u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixDatagram;
+
     use super::*;
 
     #[test]

@@ -19,8 +19,6 @@ pub struct Standby {
 pub struct Primary {
     /// All that it takes to plug it again.
     pub options: DeviceOptions,
-    /// Whether the VMM can take its link down, which moves the traffic before the device goes.
-    pub has_link: bool,
     /// Who takes over.
     pub standby: Standby,
 }
@@ -35,12 +33,10 @@ pub enum Step {
     PlugStandby(DeviceOptions),
     /// Waits until the guest's driver has taken the standby.
     AwaitStandby(String),
-    /// Takes the primary's link down. Undone: puts it up.
-    Divert(String),
-    /// Waits until the standby sends; a guest that sends nothing is not waited for long.
-    AwaitTraffic(String),
     /// Asks the guest to give the primary up and waits for it. Undone: plugs it again.
     Unplug(DeviceOptions),
+    /// Waits until the standby sends; a guest that sends nothing is not waited for long.
+    AwaitTraffic(String),
 }
 
 impl Step {
@@ -48,7 +44,7 @@ impl Step {
     #[must_use]
     pub fn leaves_a_trace(&self) -> bool {
         match self {
-            Step::Remember(_) | Step::PlugStandby(_) | Step::Divert(_) | Step::Unplug(_) => true,
+            Step::Remember(_) | Step::PlugStandby(_) | Step::Unplug(_) => true,
             Step::AwaitStandby(_) | Step::AwaitTraffic(_) => false,
         }
     }
@@ -58,7 +54,7 @@ impl Step {
         match self {
             Step::Remember(_) => !kept.is_empty(),
             Step::PlugStandby(_) => kept.iter().any(|step| matches!(step, Step::Unplug(_))),
-            Step::AwaitStandby(_) | Step::Divert(_) | Step::AwaitTraffic(_) | Step::Unplug(_) => false,
+            Step::AwaitStandby(_) | Step::AwaitTraffic(_) | Step::Unplug(_) => false,
         }
     }
 }
@@ -87,14 +83,15 @@ impl Plan {
     }
 }
 
+/// The primary's link stays up until the guest lets go of it: Linux's `net_failover` sends by the standby as soon as the
+/// primary has no link, and yet drops whatever arrives by the standby for as long as the primary is registered
+/// (`net_failover_handle_frame`). Taking the link down first would cost every frame to the guest from then on.
 fn steps_for(primary: &Primary) -> Vec<Step> {
-    let (id, standby) = (primary.options.id().to_owned(), primary.standby.id.clone());
+    let standby = primary.standby.id.clone();
     let plug = primary.standby.to_plug.clone().map(Step::PlugStandby);
-    let divert = primary.has_link.then(|| [Step::Divert(id), Step::AwaitTraffic(standby.clone())]);
-    let mut steps: Vec<Step> = plug.into_iter().chain([Step::AwaitStandby(standby)]).collect();
-    steps.extend(divert.into_iter().flatten());
-    steps.push(Step::Unplug(primary.options.clone()));
-    steps
+    let wait = Step::AwaitStandby(standby.clone());
+    let leave = [wait, Step::Unplug(primary.options.clone()), Step::AwaitTraffic(standby)];
+    plug.into_iter().chain(leave).collect()
 }
 
 /// Who carries steps out.
@@ -180,28 +177,27 @@ mod tests {
     use super::super::ScriptedHands;
     use super::*;
 
-    fn primary(id: &str, has_link: bool, plugs_standby: bool) -> Primary {
+    fn primary(id: &str, plugs_standby: bool) -> Primary {
         let standby = DeviceOptions::new("virtio-net-pci", &format!("{id}-standby"));
         Primary {
             options: DeviceOptions::new("vfio-pci", id),
-            has_link,
             standby: Standby { id: standby.id().into(), to_plug: plugs_standby.then_some(standby) },
         }
     }
 
     fn plan() -> Plan {
-        Plan::of(&[primary("a", true, false), primary("b", false, true)], &Ledger::default())
+        Plan::of(&[primary("a", false), primary("b", true)], &Ledger::default())
     }
 
     const DONE: [&str; 8] = [
         "remember",
         "await-standby a-standby",
-        "divert a",
-        "await-traffic a-standby",
         "unplug a",
+        "await-traffic a-standby",
         "plug-standby b-standby",
         "await-standby b-standby",
         "unplug b",
+        "await-traffic b-standby",
     ];
 
     #[test]
@@ -217,13 +213,7 @@ mod tests {
         assert!(ledger.undo_all(&mut hands).is_empty());
         assert_eq!(
             hands.take_story(),
-            [
-                "undo unplug b",
-                "undo plug-standby b-standby",
-                "undo unplug a",
-                "undo divert a",
-                "undo remember"
-            ]
+            ["undo unplug b", "undo plug-standby b-standby", "undo unplug a", "undo remember"]
         );
         assert!(ledger.is_empty());
     }
@@ -246,7 +236,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_undone_is_said_kept_and_tried_again() {
-        for stuck in ["undo unplug a", "undo divert a", "undo plug-standby b-standby"] {
+        for stuck in ["undo unplug a", "undo plug-standby b-standby"] {
             let (mut hands, mut ledger) = (ScriptedHands::failing_at(stuck), Ledger::default());
             ledger.carry_out(&plan(), &mut hands).unwrap();
             hands.take_story();
@@ -265,7 +255,7 @@ mod tests {
         ledger.carry_out(&plan(), &mut hands).unwrap();
         hands.take_story();
         assert_eq!(ledger.undo_all(&mut hands).len(), 1);
-        assert_eq!(hands.take_story(), ["undo unplug b", "undo unplug a", "undo divert a"]);
+        assert_eq!(hands.take_story(), ["undo unplug b", "undo unplug a"]);
         hands.fail_no_more();
         assert!(ledger.undo_all(&mut hands).is_empty());
         assert_eq!(hands.take_story(), ["undo unplug b", "undo plug-standby b-standby", "undo remember"]);
@@ -273,11 +263,11 @@ mod tests {
 
     #[test]
     fn a_failure_with_a_failed_undoing_tells_both() {
-        let mut hands = ScriptedHands::failing_at("unplug b").and_at("undo divert a");
+        let mut hands = ScriptedHands::failing_at("unplug b").and_at("undo unplug a");
         let mut ledger = Ledger::default();
         let error = ledger.carry_out(&plan(), &mut hands).unwrap_err().to_string();
         assert!(
-            error.contains("unplug b") && error.contains("and then") && error.contains("undo divert a"),
+            error.contains("unplug b") && error.contains("and then") && error.contains("undo unplug a"),
             "{error}"
         );
     }
@@ -302,13 +292,7 @@ mod tests {
         assert!(ledger.undo_all(&mut hands).is_empty());
         assert_eq!(
             hands.take_story(),
-            [
-                "undo unplug b",
-                "undo plug-standby b-standby",
-                "undo unplug a",
-                "undo divert a",
-                "undo remember"
-            ]
+            ["undo unplug b", "undo plug-standby b-standby", "undo unplug a", "undo remember"]
         );
     }
 
@@ -316,7 +300,7 @@ mod tests {
     fn what_a_dead_sender_did_is_undone_with_what_came_after() {
         let dead = vec![Step::Unplug(DeviceOptions::new("vfio-pci", "old"))];
         let mut ledger = Ledger::adopt(dead.clone());
-        let plan = Plan::of(&[primary("a", false, false)], &ledger);
+        let plan = Plan::of(&[primary("a", false)], &ledger);
         let Step::Remember(word) = &plan.steps()[0] else { panic!("it comes first") };
         assert_eq!((word.len(), &word[0]), (2, &dead[0]));
         let mut hands = ScriptedHands::default();

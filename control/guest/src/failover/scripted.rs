@@ -56,7 +56,6 @@ fn line(step: &Step) -> String {
         Step::Remember(_) => "remember".into(),
         Step::PlugStandby(options) => format!("plug-standby {}", options.id()),
         Step::AwaitStandby(id) => format!("await-standby {id}"),
-        Step::Divert(id) => format!("divert {id}"),
         Step::AwaitTraffic(id) => format!("await-traffic {id}"),
         Step::Unplug(options) => format!("unplug {}", options.id()),
     }

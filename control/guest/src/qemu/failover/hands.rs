@@ -44,7 +44,6 @@ impl Hands for QmpHands<'_> {
             Step::Remember(steps) => parked::write(self.qmp, steps),
             Step::PlugStandby(standby) => plug(self.qmp, standby),
             Step::AwaitStandby(id) => self.await_standby(id),
-            Step::Divert(id) => self.set_link(id, false),
             Step::AwaitTraffic(id) => self.await_traffic(id),
             Step::Unplug(primary) => self.unplug(primary),
         }
@@ -59,20 +58,13 @@ impl Hands for QmpHands<'_> {
                 }
                 self.ask_until_gone(standby.id(), &undoing()).map(|_| ())
             }
-            // A primary that was plugged again has a link of its own.
-            Step::Divert(id) if pairs::is_plugged(self.qmp, id)? => self.set_link(id, true),
-            Step::Divert(_) | Step::AwaitStandby(_) | Step::AwaitTraffic(_) => Ok(()),
+            Step::AwaitStandby(_) | Step::AwaitTraffic(_) => Ok(()),
             Step::Unplug(primary) => self.plug_again(primary),
         }
     }
 }
 
 impl QmpHands<'_> {
-    fn set_link(&mut self, id: &str, up: bool) -> Result<(), GuestError> {
-        self.qmp.execute("set_link", json!({ "name": id, "up": up }))?;
-        Ok(())
-    }
-
     fn await_standby(&mut self, id: &str) -> Result<(), GuestError> {
         let within = Deadline::after(DRIVER_PATIENCE);
         while !is_driven(self.qmp, id)? {

@@ -95,7 +95,7 @@ impl Pairs {
                 )));
             }
             let standby = Standby { id: standby.to_owned(), to_plug: None };
-            Ok(Primary { options: options.clone(), has_link: options.get("netdev").is_some(), standby })
+            Ok(Primary { options: options.clone(), standby })
         };
         self.primaries.iter().map(pair).collect()
     }

@@ -108,9 +108,5 @@ fn beside(qmp: &mut Qmp, standby: &DeviceOptions) -> Result<Primary, GuestError>
         ))
     })?;
     let to_plug = standby.clone().without("for").with("failover", "on").with("mac", mac);
-    Ok(Primary {
-        has_link: primary.get("netdev").is_some(),
-        options: primary,
-        standby: Standby { id: standby.id().to_owned(), to_plug: Some(to_plug) },
-    })
+    Ok(Primary { options: primary, standby: Standby { id: standby.id().to_owned(), to_plug: Some(to_plug) } })
 }

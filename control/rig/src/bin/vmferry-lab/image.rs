@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use vmferry_rig::{Image, RigError};
+use vmferry_rig::{Assets, Image, RigError};
 
 use crate::host_error;
 use crate::plan::Plan;
@@ -22,6 +22,12 @@ const PROVIDER_NAMES: &str = "/etc/libibverbs.d";
 /// Programs of the workspace that tests start.
 const PROGRAMS: [&str; 5] =
     ["vmferry", "vmferry-bench", "vmferry-guest-init", "vmferry-second-writer", "vmferry-commanded-writer"];
+
+/// Lab tests that boot guests in a QEMU on the lab's KVM. It is big, so other plans do without.
+const NEEDS_QEMU: &str = "lab_qemu";
+/// What QEMU reads when it starts, where its package has it.
+const FIRMWARE: [&str; 3] =
+    ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/kvmvapic.bin", "/usr/share/qemu/linuxboot_dma.bin"];
 
 /// What `scripts/lab setup` prepared.
 pub(crate) struct LabFiles {
@@ -61,6 +67,11 @@ pub(crate) fn build(
     add_folder(&mut image, &files.cache.join("lab/modules"), "/lab/modules")?;
     add_folder(&mut image, &files.cache.join("guest"), "/lab/cache/guest")?;
     add_folder(&mut image, &files.cache.join("guest/modules"), "/lab/cache/guest/modules")?;
+    if plan.names(NEEDS_QEMU) {
+        add_qemu(&mut image)?;
+        // A guest's kernel is the host's, and its modules are (the init links them).
+        image.file("/lab/cache/lab/vmlinuz", &files.kernel)?;
+    }
     add_verbs(&mut image)?;
     add_programs(&mut image, plan, binaries, folder)?;
     let path = folder.join("lab.cpio");
@@ -81,6 +92,14 @@ fn add_folder(image: &mut Image, from: &Path, to: &str) -> Result<(), RigError> 
         .map_err(|source| host_error(&format!("cannot read {}", from.display()), source))?;
     for entry in entries.flatten().filter(|entry| entry.path().is_file()) {
         image.file(&format!("{to}/{}", entry.file_name().to_string_lossy()), &entry.path())?;
+    }
+    Ok(())
+}
+
+fn add_qemu(image: &mut Image) -> Result<(), RigError> {
+    image.program("/bin/qemu-system-x86_64", &Assets::find_qemu()?)?;
+    for file in FIRMWARE {
+        image.file(file, &first_of(&[file])?)?;
     }
     Ok(())
 }
