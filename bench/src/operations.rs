@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use vmferry_datapath::link::rdma::RdmaCounts;
 use vmferry_datapath::{
     Access, CHUNK_BYTES, Cipher, Compression, GuestRam, LaneEnd, LaneKey, LaneKeys, Link, OpenRam, PageSet,
-    RdmaConnection, RdmaLink, RdmaListener, Receiver, SendPlan, Sender, TcpLink, fastest_provider,
+    Pin, RdmaConnection, RdmaLink, RdmaListener, Receiver, SendPlan, Sender, TcpLink, fastest_provider,
 };
 
 use crate::memory::Memory;
@@ -158,7 +158,7 @@ fn ends(way: Way, address: IpAddr, source: &Arc<GuestRam>, target: &Arc<GuestRam
     let (source, target) = match way {
         Way::Direct => (
             RdmaLink::placing(dialled, Arc::clone(source)),
-            RdmaLink::open(accepted, OpenRam::new(Arc::clone(target))),
+            RdmaLink::open(accepted, OpenRam::new(Arc::clone(target), Pin::AsNeeded, 1)),
         ),
         Way::Tcp | Way::Sealed => (RdmaLink::new(dialled), RdmaLink::new(accepted)),
     };

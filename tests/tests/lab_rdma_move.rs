@@ -5,6 +5,7 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use vmferry_guest::process::Phase;
+use vmferry_tests::cable::Cut;
 use vmferry_tests::command::{Done, Pki, Running, send};
 use vmferry_tests::workload::Workload;
 
@@ -14,26 +15,6 @@ const RAM: &str = "8MiB";
 const PLAN: &str = "seed=7,set=256,pattern=random,rate=1MiB,zero=200";
 /// Everything is emulated here, so no move fits the usual limit.
 const FORCE: &[&str] = &["--on-no-converge", "force"];
-
-/// Loses every packet of the cable until it is dropped: those of the card, and those of the control channel.
-struct Cut;
-
-impl Cut {
-    fn now() -> Cut {
-        ["ve0", "ve1"].iter().for_each(|end| tc(&["add", "dev", end, "root", "netem", "loss", "100%"]));
-        Cut
-    }
-}
-
-impl Drop for Cut {
-    fn drop(&mut self) {
-        ["ve0", "ve1"].iter().for_each(|end| tc(&["del", "dev", end, "root"]));
-    }
-}
-
-fn tc(words: &[&str]) {
-    assert!(Command::new("/sbin/tc").arg("qdisc").args(words).status().unwrap().success(), "{words:?}");
-}
 
 fn receive(guest: &str, more: &[&str], hold: &str) -> (Running, String) {
     let listen = format!("rdma://{FAR}:0");
@@ -113,7 +94,7 @@ fn cut_in(phases: &[&str], mode: &[&str]) {
         let words = [&tls(&pki), FORCE, mode].concat();
         let mut sending = send(&source.spec(), &address, &words, &format!("send:{phase}:300"));
         sending.wait_line("holding at");
-        let cut = Cut::now();
+        let cut = Cut::now(&["ve0", "ve1"]);
         let sent = sending.done();
         drop(cut);
         if *phase == "seal" && sent.code() == 3 {
@@ -168,7 +149,7 @@ fn a_lost_rdma_link_is_tried_again_over_tcp_when_told_so() {
     let words = [&tls(&pki), FORCE, fallback].concat();
     let mut sending = send(&source.spec(), &address, &words, "send:copy:300");
     sending.wait_line("holding at");
-    let cut = Cut::now();
+    let cut = Cut::now(&["ve0", "ve1"]);
     sending.wait_line("trying again over tcp");
     drop(cut);
     assert_moved(&sending.done(), &receiving.done(), &target);
