@@ -191,3 +191,36 @@ fn the_bench_counts_what_each_way_asks_for() {
         println!("lab: per GiB: {row}");
     }
 }
+
+/// Counts what each end's lane executes over one way: slow, so a way is a test.
+fn instructions_over(way: &str) {
+    let bench = vmferry_tests::command::program().with_file_name("vmferry-bench");
+    let words = ["rdma", "--address", FAR, "--quick", "--json", "--instructions", "--way", way];
+    let ran = Command::new(bench).args(words).output().unwrap();
+    let (said, told) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success(), "{told}");
+    let report: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    let counted = &report["rdma"][0]["instructions"];
+    let count = |end: &str| counted[end].as_f64().unwrap_or_else(|| panic!("{report}\n{told}"));
+    assert!(count("source") > 1e6 && count("target") > 1e6, "{counted}");
+    println!(
+        "lab: instructions per GiB over {way}: source {:.3e}, target {:.3e}",
+        count("source"),
+        count("target")
+    );
+}
+
+#[test]
+fn the_bench_counts_instructions_over_tcp() {
+    instructions_over("tcp");
+}
+
+#[test]
+fn the_bench_counts_instructions_over_sealed_rdma() {
+    instructions_over("sealed");
+}
+
+#[test]
+fn the_bench_counts_instructions_over_direct_rdma() {
+    instructions_over("direct");
+}

@@ -40,6 +40,7 @@ mod wire;
 
 pub use cm::{HELLO_BYTES_MAX, RdmaConnection, RdmaKnock, RdmaListener};
 pub use counts::{RdmaCount, RdmaCounts};
+pub use dial::Service;
 pub use error::RdmaError;
 pub use placement::{OpenRam, Pin};
 

@@ -35,8 +35,9 @@ const ACK_TIMEOUT: u8 = 17;
 const RETRIES: u8 = 6;
 /// Without end: a peer that is there and has posted no receive is slow, not lost.
 const NOT_READY_RETRIES: u8 = 7;
-/// `RDMA_OPTION_ID` and `RDMA_OPTION_ID_ACK_TIMEOUT` of rdma_cma.h.
+/// `RDMA_OPTION_ID`, and its `_TOS` and `_ACK_TIMEOUT`, of rdma_cma.h.
 const OPTION_OF_ID: i32 = 0;
+const OPTION_TRAFFIC_CLASS: i32 = 0;
 const OPTION_ACK_TIMEOUT: i32 = 3;
 
 /// The error number that an event's status is, below zero.
@@ -185,6 +186,13 @@ impl CmId {
         let mut wanted = parameters(hello);
         // SAFETY: the id lives; one without a route is refused. The hello outlives the call.
         outcome(unsafe { sys::rdma_connect(self.raw(), &raw mut wanted) })
+    }
+
+    /// The traffic class of all packets of the connection; before its route is asked for.
+    pub(super) fn set_traffic_class(&self, mut class: u8) -> Result<(), Errno> {
+        let place = (&raw mut class).cast();
+        // SAFETY: the id lives; the option takes one byte, and `class` is one.
+        outcome(unsafe { sys::rdma_set_option(self.raw(), OPTION_OF_ID, OPTION_TRAFFIC_CLASS, place, 1) })
     }
 
     /// A request for a lost segment goes out after half a second, not after two.
