@@ -28,7 +28,8 @@ pub(crate) struct Instructions {
 
 /// Whether this host has what counts them.
 pub(crate) fn can_be_counted() -> bool {
-    let version = Command::new("valgrind").arg("--version").stdout(Stdio::null()).status();
+    let version =
+        Command::new("valgrind").args(["--tool=callgrind", "--version"]).stdout(Stdio::null()).status();
     version.is_ok_and(|status| status.success())
 }
 

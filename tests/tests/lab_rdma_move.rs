@@ -70,6 +70,46 @@ fn a_direct_move_takes_every_page_along() {
     println!("lab: direct over rdma: blackout {} ms", sent.report["blackout_ms"]);
 }
 
+/// A guest of several regions, more than may be pinned at a time.
+#[test]
+fn a_direct_move_of_more_than_may_be_pinned_takes_every_page_along() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run("24MiB", PLAN), Workload::incoming("24MiB"));
+    let pin = &["--rdma-pin-max", "8MiB"];
+    let (receiving, address) = receive(&target.spec(), &[&tls(&pki), DIRECT, pin].concat(), "");
+    let words = [&tls(&pki), FORCE, DIRECT, &["--verify", "--lanes", "4"]].concat();
+    let sent = send(&source.spec(), &address, &words, "").done();
+    assert_moved(&sent, &receiving.done(), &target);
+    assert_eq!(sent.report["verified"], true);
+    assert_eq!(
+        sent.report["lanes"].as_array().map(Vec::len),
+        Some(2),
+        "a lane needs a region: {}",
+        sent.report
+    );
+}
+
+#[test]
+fn what_may_be_pinned_is_checked_before_anybody_comes() {
+    let (pki, target) = (Pki::new(FAR), Workload::incoming(RAM));
+    let (listen, spec) = (format!("rdma://{FAR}:0"), target.spec());
+    let words = ["receive", "--listen", &listen, "--guest", &spec, "--rdma-pin-max", "1MiB"];
+    let refused = Running::start(&[&words[..], &tls(&pki), DIRECT].concat(), "").done();
+    assert_eq!(refused.code(), 78, "{}", refused.stderr);
+    assert!(refused.sentence().contains("1048576 bytes: give it 4194304 or more"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_direct_move_into_a_guest_that_is_pinned_beforehand_takes_every_page_along() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
+    let (receiving, address) =
+        receive(&target.spec(), &[&tls(&pki), DIRECT, &["--rdma-pin-all"]].concat(), "");
+    let words = [&tls(&pki), FORCE, DIRECT, &["--verify"]].concat();
+    let sent = send(&source.spec(), &address, &words, "").done();
+    assert_moved(&sent, &receiving.done(), &target);
+}
+
 #[test]
 fn pages_in_clear_on_one_side_only_are_refused() {
     let pki = Pki::new(FAR);

@@ -125,10 +125,11 @@ fn what_a_target_did_not_agree_to_is_refused() {
     let placing = end(RdmaLink::placing(a, Arc::clone(&source)), SEALED, 0, true);
     let sealed = end(RdmaLink::new(b), SEALED, 0, false);
     let (receiver, mut state) = Receiver::start(Arc::clone(&target), vec![sealed], SEALED).unwrap();
-    let mut sender = Sender::start(Arc::clone(&source), vec![placing], plan(SEALED)).unwrap();
-    let sent = sender.send(&PageSet::full(source.layout()), &mut yes()).and_then(|_| sender.flush());
-    assert_eq!(sent.unwrap_err().blame(), Blame::Link);
+    let all = PageSet::full(source.layout());
+    let sent = Sender::start(Arc::clone(&source), vec![placing], plan(SEALED))
+        .and_then(|mut sender| sender.send(&all, &mut yes()).and_then(|_| sender.flush()));
+    assert_eq!(sent.unwrap_err().blame(), Blame::Peer, "the target lets it hold no region");
     assert!(std::io::Read::read(&mut state, &mut [0; 1]).is_err());
-    assert_eq!(receiver.failure().map(|failure| failure.blame()), Some(Blame::Peer));
+    assert_eq!(receiver.failure().map(|failure| failure.blame()), Some(Blame::Link));
     assert!(target.populated().unwrap().is_empty(), "nothing was written");
 }
