@@ -1,6 +1,6 @@
 //! Carrying memory over one lane, with both ends in this process or one end only, for whoever counts from outside.
 
-use std::io::{Read, Write};
+use std::io::{Read, Write, stdin};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,8 @@ use vmferry_datapath::{
 
 use crate::memory::Memory;
 
-const WITHIN: Duration = Duration::from_secs(10);
+/// The other end may start slowly: under valgrind, on an emulated host.
+const WITHIN: Duration = Duration::from_secs(60);
 /// A port of the connection manager that nobody else uses here.
 const RDMA_PORT: u16 = 20_000;
 
@@ -150,23 +151,26 @@ pub(crate) fn both_ends(way: Way, address: IpAddr, memory: usize) -> Result<Own>
     })
 }
 
-/// Carries the memory once, with the other end in another process. The target says first where it waits, and takes in until its
-/// standard input ends.
-pub(crate) fn one_end(end: End, way: Way, at: SocketAddr, memory: usize) -> Result<()> {
+/// Carries the memory once, with the other end in another process. The target says where it waits, and takes in until its
+/// standard input ends; the source is told there where that is.
+pub(crate) fn one_end(end: End, way: Way, address: IpAddr, memory: usize) -> Result<()> {
     match end {
         End::Source => {
             let ram = Memory::filled(memory)?.guest_ram(Access::ReadOnly)?;
+            let mut at = String::new();
+            stdin().read_line(&mut at)?;
+            let at = at.trim().parse().context("nobody said where the target waits")?;
             let mut sender = sender(Arc::clone(&ram), dial(way, at, &ram)?.0)?;
             sender.send(&PageSet::full(ram.layout()), &mut || true)?;
             sender.finish()?;
         }
         End::Target => {
             let ram = Memory::empty(memory)?.guest_ram(Access::ReadWrite)?;
-            let (waiting, at) = Waiting::at(way, at.ip())?;
+            let (waiting, at) = Waiting::at(way, address)?;
             println!("{at}");
             std::io::stdout().flush()?;
             let receiver = receiver(Arc::clone(&ram), waiting.accept(way, &ram)?.0)?;
-            std::io::stdin().read_to_end(&mut Vec::new())?;
+            stdin().read_to_end(&mut Vec::new())?;
             let arrived = receiver.meter().data_pages * PAGE_BYTES as u64;
             anyhow::ensure!(arrived == memory as u64, "only {arrived} bytes arrived");
         }

@@ -4,13 +4,14 @@
 //!   bench ── valgrind --tool=callgrind ──► one end of the lane ◄─► the other end ◄── valgrind ── bench
 //! ```
 //!
-//! Each end is a process of its own and is run twice, with a memory and with half of it: the difference is what carrying
-//! costs, and setting up falls out. Only the lane's thread counts, so filling the memory does not. What the kernel does is not
-//! in it, and shows as system calls. Valgrind shows a program a processor with AES-NI and AVX2: one with more registers or
+//! Each end is a process of its own: valgrind 3.19 holds its lock while a thread waits in io_uring_enter, so the two lanes
+//! would stop each other. They run twice, with a memory and with half of it: the difference is what carrying costs, and setting
+//! up falls out; with `--quick` once, and it is in. Only the lane's thread counts, so filling the memory does not. What the
+//! kernel does is not in it, and shows as system calls. Valgrind shows a program a processor with AES-NI and AVX2: one with
 //! VAES seals with fewer instructions.
 
-use std::io::{BufRead, BufReader};
-use std::net::{IpAddr, SocketAddr};
+use std::io::{BufRead, BufReader, Write};
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -22,6 +23,7 @@ use crate::carry::{End, Way};
 /// Instructions for each GiB.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct Instructions {
+    pub(crate) way: Way,
     pub(crate) source: f64,
     pub(crate) target: f64,
 }
@@ -34,37 +36,39 @@ pub(crate) fn can_be_counted() -> bool {
 }
 
 /// Counts a way.
-pub(crate) fn count(way: Way, address: IpAddr, memory: usize) -> Result<Instructions> {
-    let (half, whole) = (run(way, address, memory / 2)?, run(way, address, memory)?);
+pub(crate) fn count(way: Way, address: IpAddr, memory: usize, once: bool) -> Result<Instructions> {
+    let (first, half) = if once { (0, (0, 0)) } else { (memory / 2, run(way, address, memory / 2)?) };
+    let whole = run(way, address, memory)?;
+    let carried = memory - first;
     #[expect(clippy::cast_precision_loss, reason = "counts of one run are far below 2^52")]
-    let per_gib = |less: u64, more: u64| {
-        more.saturating_sub(less) as f64 * (1_u64 << 30) as f64 / (memory - memory / 2) as f64
-    };
-    Ok(Instructions { source: per_gib(half.0, whole.0), target: per_gib(half.1, whole.1) })
+    let per_gib =
+        |less: u64, more: u64| more.saturating_sub(less) as f64 * (1_u64 << 30) as f64 / carried as f64;
+    Ok(Instructions { way, source: per_gib(half.0, whole.0), target: per_gib(half.1, whole.1) })
 }
 
 /// Carries once: the instructions of the source's lane, and of the target's.
 fn run(way: Way, address: IpAddr, memory: usize) -> Result<(u64, u64)> {
     let folder = tempfile::tempdir().context("no folder for callgrind's files")?;
-    let mut target = start(End::Target, way, SocketAddr::new(address, 0), memory, folder.path())?;
+    let mut target = start(End::Target, way, address, memory, folder.path())?;
+    let mut source = start(End::Source, way, address, memory, folder.path())?;
     let mut said = String::new();
     BufReader::new(target.stdout.take().context("stdout is piped")?).read_line(&mut said)?;
-    let at = said.trim().parse().context("the target did not say where it waits; its words are above")?;
-    let mut source = start(End::Source, way, at, memory, folder.path())?;
+    ensure!(!said.is_empty(), "the target did not say where it waits; its words are above");
+    source.stdin.take().context("stdin is piped")?.write_all(said.as_bytes())?;
     ensure!(source.wait()?.success(), "the source failed under valgrind; its words are above");
     drop(target.stdin.take());
     ensure!(target.wait()?.success(), "the target failed under valgrind; its words are above");
     Ok((lanes_of(End::Source, folder.path())?, lanes_of(End::Target, folder.path())?))
 }
 
-fn start(end: End, way: Way, at: SocketAddr, memory: usize, folder: &Path) -> Result<Child> {
+fn start(end: End, way: Way, address: IpAddr, memory: usize, folder: &Path) -> Result<Child> {
     let out = folder.join(name_of(end));
     let mut command = Command::new("valgrind");
     command
         .args(["--quiet", "--tool=callgrind", "--separate-threads=yes", "--fair-sched=yes"])
         .arg(format!("--callgrind-out-file={}", out.display()))
         .arg(std::env::current_exe()?)
-        .args(["rdma", "--address", &at.ip().to_string(), "--port", &at.port().to_string()])
+        .args(["rdma", "--address", &address.to_string()])
         .args(["--memory", &memory.to_string(), "--carry", &way.word(), "--end", name_of(end)])
         .stdin(Stdio::piped());
     if end == End::Target {

@@ -10,10 +10,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bytesize::ByteSize;
 use clap::Args;
 use nix::libc;
@@ -47,7 +47,7 @@ pub(crate) struct RdmaArgs {
     /// Only this way of carrying.
     #[arg(long)]
     way: Option<Way>,
-    /// Count instructions too, by valgrind where it is there. Slow: take 8 to 32 MiB.
+    /// Count instructions instead, by valgrind. Slow: take 16 or 32 MiB.
     #[arg(long)]
     instructions: bool,
     /// Carry, and be counted by who started this.
@@ -56,9 +56,6 @@ pub(crate) struct RdmaArgs {
     /// Be one end only.
     #[arg(long, hide = true, requires = "carry")]
     end: Option<End>,
-    /// Where the other end waits.
-    #[arg(long, hide = true, default_value_t = 0)]
-    port: u16,
 }
 
 const WAYS: [Way; 3] = [Way::Tcp, Way::Sealed, Way::Direct];
@@ -70,8 +67,6 @@ struct Row {
     /// Requests to the card, or operations given to io_uring.
     operations: f64,
     system_calls: f64,
-    /// Executed in user space by each end's lane; none where valgrind is not there.
-    instructions: Option<Instructions>,
     /// The most frequent ones, by number.
     by_call: BTreeMap<i64, u64>,
 }
@@ -80,51 +75,52 @@ pub(crate) fn run(args: &RdmaArgs, quick: bool, output: &mut Output) -> Result<(
     let memory = if quick { 8 << 20 } else { args.memory.as_u64() };
     let memory = usize::try_from(memory)?.next_multiple_of(CHUNK_BYTES);
     match (args.carry, args.end) {
-        (Some(way), Some(end)) => return one_end(end, way, SocketAddr::new(args.address, args.port), memory),
+        (Some(way), Some(end)) => return one_end(end, way, args.address, memory),
         (Some(way), None) => {
             println!("{}", serde_json::to_string(&both_ends(way, args.address, memory)?)?);
             return Ok(());
         }
         (None, _) => {}
     }
-    let with_instructions = args.instructions && instructions::can_be_counted();
-    if args.instructions && !with_instructions {
-        output.say("no instructions are counted: valgrind is not installed");
+    let ways = WAYS.into_iter().filter(|way| args.way.is_none_or(|wanted| wanted == *way));
+    if args.instructions {
+        ensure!(
+            instructions::can_be_counted(),
+            "valgrind is not installed: nothing here counts instructions"
+        );
+        let say = |way: Way| output.say(&format!("{}: {} MiB under valgrind", way.word(), memory >> 20));
+        let counted =
+            ways.inspect(|way| say(*way)).map(|way| instructions::count(way, args.address, memory, quick));
+        tell_instructions(&counted.collect::<Result<Vec<_>>>()?, output);
+        return Ok(());
     }
     let mut rows = Vec::new();
-    for way in WAYS.into_iter().filter(|way| args.way.is_none_or(|wanted| wanted == *way)) {
-        output.say(&format!("{way:?}: {} MiB", memory >> 20));
-        let mut row = count(way, args.address, memory)?;
-        if with_instructions {
-            row.instructions = Some(instructions::count(way, args.address, memory)?);
-        }
-        rows.push(row);
+    for way in ways {
+        output.say(&format!("{}: {} MiB", way.word(), memory >> 20));
+        rows.push(count(way, args.address, memory)?);
     }
     tell(&rows, output);
     Ok(())
 }
 
+fn tell_instructions(rows: &[Instructions], output: &mut Output) {
+    let millions = |count: f64| format!("{:.0} M", count / 1e6);
+    let cells = rows.iter().map(|row| vec![row.way.word(), millions(row.source), millions(row.target)]);
+    let head = ["lane over", "source: instructions / GiB", "target: instructions / GiB"];
+    output.table("What each end's lane executes in user space", &head, cells.collect());
+    output.note("the kernel's instructions are not in it; a soft card works there");
+    output.keep("instructions", &rows);
+}
+
 fn tell(rows: &[Row], output: &mut Output) {
     let cells = rows.iter().map(|row| {
-        let millions = |count: f64| format!("{:.0} M", count / 1e6);
-        let executed = row.instructions.map_or_else(
-            || "not counted".to_owned(),
-            |counted| format!("{}, {}", millions(counted.source), millions(counted.target)),
-        );
         let (operations, calls) = (format!("{:.0}", row.operations), format!("{:.0}", row.system_calls));
-        vec![row.way.word(), operations, calls, frequent(&row.by_call).join(", "), executed]
+        vec![row.way.word(), operations, calls, frequent(&row.by_call).join(", ")]
     });
-    let head = [
-        "lane over",
-        "operations / GiB",
-        "system calls / GiB",
-        "of those",
-        "instructions / GiB: source, target",
-    ];
+    let head = ["lane over", "operations / GiB", "system calls / GiB", "of those"];
     output.table("What both ends of one lane ask for", &head, cells.collect());
     output.note("tcp: operations are entries given to io_uring; rdma: work requests posted for sending");
     output.note("system calls: of both ends, without clock_gettime and sched_yield");
-    output.note("instructions: of each lane's thread in user space; the kernel's are not in it (a soft card works there)");
     output.keep("rdma", &rows);
 }
 
@@ -170,7 +166,6 @@ fn count(way: Way, address: IpAddr, memory: usize) -> Result<Row> {
         way,
         operations: per_gib(operations),
         system_calls: per_gib(tally.calls.values().sum()),
-        instructions: None,
         by_call: tally.calls,
     })
 }

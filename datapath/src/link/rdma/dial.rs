@@ -94,7 +94,7 @@ fn attempt(
         id.set_traffic_class(class).map_err(refused("mark an RDMA connection as urgent", FIX_CARD))?;
     }
     let dial = Dial { channel: &channel, address, due };
-    while !dial.resolve(&id)? {}
+    dial.resolve(&id)?;
     id.hurry();
     id.resolve_route(dial.left_ms()).map_err(|errno| RdmaError::NoDevice { address, errno })?;
     dial.expect(kind::RDMA_CM_EVENT_ROUTE_RESOLVED, "no route to it was found")?;
@@ -130,19 +130,16 @@ impl Dial<'_> {
         }
     }
 
-    /// Looks for the way to the peer; `false` when it should be tried again. The kernel looks at its neighbour table once
-    /// and then waits for news of it, which on a short wire can have come in between: so it is given little time and
-    /// asked again, which finds the neighbour known.
-    fn resolve(&self, id: &CmId) -> Result<bool, RdmaError> {
+    /// Looks for the way to the peer. The kernel looks at its neighbour table once and then waits for news of it, which on a
+    /// short wire can have come in between: so it is given little time, and the next attempt finds the neighbour known.
+    fn resolve(&self, id: &CmId) -> Result<(), RdmaError> {
         let address = self.address;
         id.resolve_address(address, RESOLVE_MS).map_err(|errno| RdmaError::NoDevice { address, errno })?;
         match self.expect(kind::RDMA_CM_EVENT_ADDR_RESOLVED, "its address was not resolved") {
-            Ok(()) => Ok(true),
-            Err(RdmaError::NoDevice { errno: Errno::TIMEDOUT, .. }) if self.left_ms() > 0 => Ok(false),
             Err(RdmaError::NoDevice { errno: Errno::TIMEDOUT, .. }) => {
                 Err(RdmaError::Silent { address, stage: "its address was not resolved" })
             }
-            Err(error) => Err(error),
+            outcome => outcome,
         }
     }
 
