@@ -5,15 +5,19 @@
 //!   migrate               the same guest moved by QEMU and by vmferry
 //!   downtime              many moves there and back: histograms, plot, calibration of the prediction
 //!   growth                time against guest size
-//!   rdma                  operations and system calls for each GiB, over TCP and over RDMA
+//!   rdma                  operations, system calls and instructions for each GiB, over TCP and over RDMA
 //! ```
 
+#[cfg(feature = "rdma")]
+mod carry;
 mod cpu;
 mod downtime;
 mod ferry;
 mod growth;
 mod guest;
 mod histogram;
+#[cfg(feature = "rdma")]
+mod instructions;
 mod measure;
 mod memory;
 mod migrate;
@@ -60,7 +64,7 @@ enum What {
     Downtime(downtime::DowntimeArgs),
     /// Time against guest size.
     Growth(growth::GrowthArgs),
-    /// Operations and system calls for each GiB, over TCP and over RDMA.
+    /// Operations, system calls and instructions for each GiB, over TCP and over RDMA.
     #[cfg(feature = "rdma")]
     Rdma(operations::RdmaArgs),
 }

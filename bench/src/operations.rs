@@ -10,30 +10,24 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::io::Read;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::IpAddr;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bytesize::ByteSize;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use nix::libc;
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, getpgrp};
-use serde::{Deserialize, Serialize};
-use vmferry_datapath::link::rdma::RdmaCounts;
-use vmferry_datapath::{
-    Access, CHUNK_BYTES, Cipher, Compression, GuestRam, LaneEnd, LaneKey, LaneKeys, Link, OpenRam, PageSet,
-    RdmaConnection, RdmaLink, RdmaListener, Receiver, SendPlan, Sender, TcpLink, fastest_provider,
-};
+use nix::unistd::Pid;
+use serde::Serialize;
+use vmferry_datapath::CHUNK_BYTES;
 
-use crate::memory::Memory;
+use crate::carry::{End, Own, Way, both_ends, one_end};
+use crate::instructions::{self, Instructions};
 use crate::output::Output;
 
-const WITHIN: Duration = Duration::from_secs(10);
 /// What nothing in this program calls but the marks.
 const MARK: i64 = libc::SYS_getpgrp;
 
@@ -50,32 +44,21 @@ pub(crate) struct RdmaArgs {
     /// Memory that is carried, once each way of carrying.
     #[arg(long, default_value = "64MiB")]
     memory: ByteSize,
+    /// Only this way of carrying.
+    #[arg(long)]
+    way: Option<Way>,
+    /// Count instructions instead, by valgrind. Slow: take 16 or 32 MiB.
+    #[arg(long)]
+    instructions: bool,
     /// Carry, and be counted by who started this.
     #[arg(long, hide = true)]
     carry: Option<Way>,
-}
-
-/// How memory is carried.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
-enum Way {
-    /// io_uring over TCP, sealed.
-    Tcp,
-    /// RDMA, every record through the ring, sealed.
-    Sealed,
-    /// RDMA, pages straight into the target, records sealed.
-    Direct,
+    /// Be one end only.
+    #[arg(long, hide = true, requires = "carry")]
+    end: Option<End>,
 }
 
 const WAYS: [Way; 3] = [Way::Tcp, Way::Sealed, Way::Direct];
-
-/// What the carrier counted by itself: both ends.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Own {
-    requests: u64,
-    placed: u64,
-    sleeps: u64,
-}
 
 /// A way's row, for each GiB.
 #[derive(Debug, Serialize)]
@@ -91,26 +74,54 @@ struct Row {
 pub(crate) fn run(args: &RdmaArgs, quick: bool, output: &mut Output) -> Result<()> {
     let memory = if quick { 8 << 20 } else { args.memory.as_u64() };
     let memory = usize::try_from(memory)?.next_multiple_of(CHUNK_BYTES);
-    if let Some(way) = args.carry {
-        println!("{}", serde_json::to_string(&carry(way, args.address, memory)?)?);
+    match (args.carry, args.end) {
+        (Some(way), Some(end)) => return one_end(end, way, args.address, memory),
+        (Some(way), None) => {
+            println!("{}", serde_json::to_string(&both_ends(way, args.address, memory)?)?);
+            return Ok(());
+        }
+        (None, _) => {}
+    }
+    let ways = WAYS.into_iter().filter(|way| args.way.is_none_or(|wanted| wanted == *way));
+    if args.instructions {
+        ensure!(
+            instructions::can_be_counted(),
+            "valgrind is not installed: nothing here counts instructions"
+        );
+        let say = |way: Way| output.say(&format!("{}: {} MiB under valgrind", way.word(), memory >> 20));
+        let counted =
+            ways.inspect(|way| say(*way)).map(|way| instructions::count(way, args.address, memory, quick));
+        tell_instructions(&counted.collect::<Result<Vec<_>>>()?, output);
         return Ok(());
     }
     let mut rows = Vec::new();
-    for way in WAYS {
-        output.say(&format!("{way:?}: {} MiB", memory >> 20));
+    for way in ways {
+        output.say(&format!("{}: {} MiB", way.word(), memory >> 20));
         rows.push(count(way, args.address, memory)?);
     }
+    tell(&rows, output);
+    Ok(())
+}
+
+fn tell_instructions(rows: &[Instructions], output: &mut Output) {
+    let millions = |count: f64| format!("{:.0} M", count / 1e6);
+    let cells = rows.iter().map(|row| vec![row.way.word(), millions(row.source), millions(row.target)]);
+    let head = ["lane over", "source: instructions / GiB", "target: instructions / GiB"];
+    output.table("What each end's lane executes in user space", &head, cells.collect());
+    output.note("the kernel's instructions are not in it; a soft card works there");
+    output.keep("instructions", &rows);
+}
+
+fn tell(rows: &[Row], output: &mut Output) {
     let cells = rows.iter().map(|row| {
-        let calls: Vec<String> = frequent(&row.by_call);
-        let name = format!("{:?}", row.way).to_lowercase();
-        vec![name, format!("{:.0}", row.operations), format!("{:.0}", row.system_calls), calls.join(", ")]
+        let (operations, calls) = (format!("{:.0}", row.operations), format!("{:.0}", row.system_calls));
+        vec![row.way.word(), operations, calls, frequent(&row.by_call).join(", ")]
     });
     let head = ["lane over", "operations / GiB", "system calls / GiB", "of those"];
     output.table("What both ends of one lane ask for", &head, cells.collect());
     output.note("tcp: operations are entries given to io_uring; rdma: work requests posted for sending");
     output.note("system calls: of both ends, without clock_gettime and sched_yield");
     output.keep("rdma", &rows);
-    Ok(())
 }
 
 /// The four most frequent calls, for people.
@@ -135,78 +146,9 @@ fn call_name(call: i64) -> String {
     }
 }
 
-/// The two ends of one lane.
-struct Ends {
-    source: Box<dyn Link>,
-    target: Box<dyn Link>,
-    counts: Vec<RdmaCounts>,
-}
-
-fn ends(way: Way, address: IpAddr, source: &Arc<GuestRam>, target: &Arc<GuestRam>) -> Result<Ends> {
-    if way == Way::Tcp {
-        let listener = TcpListener::bind(SocketAddr::new(address, 0))?;
-        let dialled = TcpStream::connect(listener.local_addr()?)?;
-        let (source, target) = (TcpLink::new(dialled), TcpLink::new(listener.accept()?.0));
-        return Ok(Ends { source: Box::new(source), target: Box::new(target), counts: Vec::new() });
-    }
-    let at = SocketAddr::new(address, 20_000);
-    let listener = RdmaListener::bind(at)?;
-    let dialling = std::thread::spawn(move || RdmaConnection::connect(at, b"bench", WITHIN));
-    let accepted =
-        listener.next(WITHIN).context("nobody connected to this bench's own listener")?.accept()?;
-    let dialled = dialling.join().map_err(|_| anyhow::anyhow!("the dialling thread panicked"))??;
-    let (source, target) = match way {
-        Way::Direct => (
-            RdmaLink::placing(dialled, Arc::clone(source)),
-            RdmaLink::open(accepted, OpenRam::new(Arc::clone(target))),
-        ),
-        Way::Tcp | Way::Sealed => (RdmaLink::new(dialled), RdmaLink::new(accepted)),
-    };
-    let counts = vec![source.counts(), target.counts()];
-    Ok(Ends { source: Box::new(source), target: Box::new(target), counts })
-}
-
-fn keys(outbound: u8, inbound: u8) -> Option<LaneKeys> {
-    let key = |byte| LaneKey::from_bytes([byte; 32]);
-    Some(LaneKeys { outbound: key(outbound), inbound: key(inbound) })
-}
-
-/// Carries the memory once, between two marks.
-fn carry(way: Way, address: IpAddr, memory: usize) -> Result<Own> {
-    let (source, target) = (Memory::filled(memory)?, Memory::empty(memory)?);
-    let (source, target) = (source.guest_ram(Access::ReadOnly)?, target.guest_ram(Access::ReadWrite)?);
-    let Ends { source: near, target: far, counts } = ends(way, address, &source, &target)?;
-    let cipher = Cipher::Aes256Gcm(fastest_provider().0);
-    let plan = SendPlan { cipher, compression: Compression::Off, keep_hashes: false, rate_limit: None };
-    let far = LaneEnd { link: far, keys: keys(2, 1), cpu: None };
-    let near = LaneEnd { link: near, keys: keys(1, 2), cpu: None };
-    let (receiver, _state) = Receiver::start(target, vec![far], cipher)?;
-    let mut sender = Sender::start(Arc::clone(&source), vec![near], plan)?;
-    let before = read(&counts);
-    getpgrp();
-    sender.send(&PageSet::full(source.layout()), &mut || true)?;
-    sender.flush()?;
-    getpgrp();
-    let after = read(&counts);
-    drop((sender, receiver));
-    Ok(Own {
-        requests: after.requests - before.requests,
-        placed: after.placed - before.placed,
-        sleeps: after.sleeps - before.sleeps,
-    })
-}
-
-fn read(counts: &[RdmaCounts]) -> Own {
-    counts.iter().map(RdmaCounts::read).fold(Own::default(), |sum, count| Own {
-        requests: sum.requests + count.requests,
-        placed: sum.placed + count.placed,
-        sleeps: sum.sleeps + count.sleeps,
-    })
-}
-
 /// Starts a carrier, counts what it calls between its marks, and reads what it counted itself.
 fn count(way: Way, address: IpAddr, memory: usize) -> Result<Row> {
-    let word = way.to_possible_value().context("a way has a word")?.get_name().to_owned();
+    let word = way.word();
     let mut child = Command::new(std::env::current_exe()?)
         .args(["rdma", "--address", &address.to_string(), "--memory", &memory.to_string(), "--carry", &word])
         .stdout(Stdio::piped())

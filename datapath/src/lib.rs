@@ -52,11 +52,11 @@ pub use link::completion::CompletionStatus;
 pub use link::file::FileLink;
 pub use link::memory::MemoryLink;
 #[cfg(feature = "rdma")]
-pub use link::rdma::{OpenRam, RdmaConnection, RdmaError, RdmaLink, RdmaListener};
+pub use link::rdma::{OpenRam, Pin, RdmaConnection, RdmaError, RdmaLink, RdmaListener, Service};
 pub use link::tcp::TcpLink;
 pub use meter::{LaneMeter, Meter, MeterReader};
 pub use page::{ByteLen, CHUNK_BYTES, CHUNK_PAGES, ChunkIndex, PAGE_BYTES, PageCount, PageIndex};
 pub use page_set::PageSet;
 pub use receive::{Receiver, StateStream};
 pub use seal::{Cipher, LaneKey, Provider, fastest_provider};
-pub use send::{Compression, LaneTotals, SendPlan, Sender, StateFeed};
+pub use send::{Compression, LaneTotals, SendPlan, Sender, StateFeed, UrgentSender};

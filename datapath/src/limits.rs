@@ -36,6 +36,13 @@ pub const RDMA_PLACED_UNTOLD: u64 = 1 << 20;
 /// The least that is written to a ring at once, unless less is left.
 pub const RDMA_PIECE_BYTES_MIN: usize = 64 << 10;
 
+/// Buffers of the urgent path, and the bytes of each: a record of one page.
+pub const URGENT_SLOTS: usize = 4;
+/// See [`URGENT_SLOTS`].
+pub const URGENT_SLOT_BYTES: usize = 2 * 4096;
+/// Bytes that its receiver can hold before they are opened: a dozen such records. A longer one never becomes whole.
+pub const URGENT_RECEIVE_BYTES: usize = 64 << 10;
+
 /// Wire bytes that a lane may be ahead of its receiver's last credit.
 pub const WINDOW_BYTES: u64 = 8 << 20;
 /// Wire bytes after which a receiver gives credit without being asked.
@@ -83,13 +90,26 @@ const PIPES_BYTES: usize = STATE_PIPE_BYTES + DEVICE_STREAMS_MAX * DEVICE_PIPE_B
 const RECEIVING_LANE_BYTES: usize =
     RECEIVE_BYTES + CREDIT_SLOTS * 4096 + CHUNK_BYTES + RECEIVE_BYTES / RDMA_RING_PART + 4096;
 
-/// A source with every lane: lanes and their orders, state feeders, eight hashes bytes a page, and twelve page sets.
+/// The urgent path on the source: a lane with small slots.
+const URGENT_PATH_BYTES: usize =
+    SENDING_LANE_BYTES - SEND_SLOTS * SLOT_BYTES + URGENT_SLOTS * URGENT_SLOT_BYTES + ORDERS_BYTES;
+
+/// A source with every lane: lanes and their orders, the urgent path, state feeders, eight hashes bytes a page, twelve page
+/// sets, and one of what was taken.
 const SOURCE_BYTES: usize = LANES_MAX * (SENDING_LANE_BYTES + ORDERS_BYTES)
+    + URGENT_PATH_BYTES
     + FEEDERS_BYTES
     + BUDGET_GUEST_PAGES * 8
+    + 13 * BUDGET_GUEST_PAGES / 8;
+/// A target with every lane: lanes and the urgent path, state streams, and twelve page sets.
+const TARGET_BYTES: usize = LANES_MAX * RECEIVING_LANE_BYTES
+    + URGENT_RECEIVE_BYTES
+    + URGENT_RECEIVE_BYTES / RDMA_RING_PART
+    + CREDIT_SLOTS * 4096
+    + CHUNK_BYTES
+    + 4096
+    + PIPES_BYTES
     + 12 * BUDGET_GUEST_PAGES / 8;
-/// A target with every lane: lanes, state streams, and twelve page sets.
-const TARGET_BYTES: usize = LANES_MAX * RECEIVING_LANE_BYTES + PIPES_BYTES + 12 * BUDGET_GUEST_PAGES / 8;
 
 const _: () =
     assert!(SOURCE_BYTES < BUDGET_BYTES / 2, "the source leaves half of the budget to everyone else");

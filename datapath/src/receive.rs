@@ -13,7 +13,10 @@ use crate::error::DataError;
 use crate::frame::{Credit, FrameFault};
 use crate::guest_ram::GuestRam;
 use crate::lane::{Crew, Fate, LaneEnd};
-use crate::limits::{CREDIT_SLOTS, DEVICE_PIPE_BYTES, DEVICE_STREAMS_MAX, RECEIVE_BYTES, STATE_PIPE_BYTES};
+use crate::limits::{
+    CREDIT_SLOTS, DEVICE_PIPE_BYTES, DEVICE_STREAMS_MAX, RECEIVE_BYTES, STATE_PIPE_BYTES,
+    URGENT_RECEIVE_BYTES,
+};
 use crate::link::LinkPlan;
 use crate::meter::Meter;
 use crate::seal::Cipher;
@@ -32,6 +35,9 @@ pub struct Receiver {
     crew: Crew,
     endings: Vec<Arc<Ending>>,
     states: StatePipes,
+    ram: Arc<GuestRam>,
+    written: Arc<Written>,
+    cipher: Cipher,
 }
 
 /// The pipes of all state streams, by number.
@@ -40,6 +46,8 @@ pub(crate) type StatePipes = Arc<[Arc<StatePipe>]>;
 /// The buffers of a receiving lane's link. Credit is all that it sends.
 pub(crate) const RECEIVE_LINK: LinkPlan =
     LinkPlan { send_slots: CREDIT_SLOTS, slot_bytes: 4096, receive_bytes: RECEIVE_BYTES };
+/// The same of the urgent path.
+const URGENT_LINK: LinkPlan = LinkPlan { receive_bytes: URGENT_RECEIVE_BYTES, ..RECEIVE_LINK };
 
 impl Receiver {
     /// Starts a pinned thread for each lane; every buffer is allocated and registered when this returns.
@@ -65,13 +73,32 @@ impl Receiver {
             return Err(DataError::Bug("more device streams than the limit were asked for"));
         }
         let populated = ram.populated()?;
-        let written = Arc::new(Written::new(&populated));
         let device_pipes = (0..devices).map(|_| StatePipe::new(DEVICE_PIPE_BYTES));
         let states: StatePipes =
             std::iter::once(StatePipe::new(STATE_PIPE_BYTES)).chain(device_pipes).collect();
+        let streams = states.iter().map(|pipe| StateStream(Arc::clone(pipe))).collect();
+        let written = Arc::new(Written::new(&populated));
+        Ok((Receiver::start_on(ram, written, states, (lanes, RECEIVE_LINK), cipher)?, streams))
+    }
+
+    /// Takes in what [`Sender::open_urgent`](crate::Sender::open_urgent) sends, beside the lanes, over a link of its own.
+    /// Device state is refused on it.
+    pub fn open_urgent(&self, end: LaneEnd) -> Result<Receiver, DataError> {
+        let (ram, written) = (Arc::clone(&self.ram), Arc::clone(&self.written));
+        Receiver::start_on(ram, written, Arc::new([]), (vec![end], URGENT_LINK), self.cipher)
+    }
+
+    fn start_on(
+        ram: Arc<GuestRam>,
+        written: Arc<Written>,
+        states: StatePipes,
+        (lanes, link): (Vec<LaneEnd>, LinkPlan),
+        cipher: Cipher,
+    ) -> Result<Receiver, DataError> {
         let mut endings = Vec::with_capacity(lanes.len());
         let (all, pipes) = (&mut endings, Arc::clone(&states));
-        let crew = Crew::muster(lanes, cipher, RECEIVE_LINK, move |_| {
+        let (own_ram, own_written) = (Arc::clone(&ram), Arc::clone(&written));
+        let crew = Crew::muster(lanes, cipher, link, move |_| {
             let (ram, written, ending) = (Arc::clone(&ram), Arc::clone(&written), Arc::new(Ending::new()));
             all.push(Arc::clone(&ending));
             let pipes = Arc::clone(&pipes);
@@ -81,8 +108,7 @@ impl Receiver {
                 lane.and_then(ReceiveLane::run).inspect_err(|failure| end_states(&pipes, &fate, failure))
             }
         })?;
-        let streams = states.iter().map(|pipe| StateStream(Arc::clone(pipe))).collect();
-        Ok((Receiver { crew, endings, states }, streams))
+        Ok(Receiver { crew, endings, states, ram: own_ram, written: own_written, cipher })
     }
 
     /// Returns when every lane has ended with exactly these totals. `Ok(false)` as soon as `go_on`, asked every

@@ -30,12 +30,15 @@ mod feed;
 pub(crate) mod lane;
 mod pacer;
 mod placing;
+mod urgent;
 
 pub use feed::StateFeed;
+pub use urgent::UrgentSender;
 
 use body::{BodyMaker, SentHashes};
 use feed::StateOrder;
 use lane::{Batch, Order, SendLane};
+use urgent::Taken;
 
 /// Whether bodies are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +87,9 @@ pub struct Sender {
     hashes: Option<Arc<SentHashes>>,
     rate: Arc<AtomicU64>,
     compressing: Arc<AtomicBool>,
+    cipher: Cipher,
+    /// Once the urgent path is open: which pages a path has taken.
+    taken: Option<Arc<Taken>>,
     ended: bool,
 }
 
@@ -99,11 +105,21 @@ fn share(limit: Option<u64>, lanes: usize) -> u64 {
 impl Sender {
     /// Starts a pinned thread for each lane; every buffer is allocated and registered when this returns.
     pub fn start(ram: Arc<GuestRam>, lanes: Vec<LaneEnd>, plan: SendPlan) -> Result<Sender, DataError> {
+        Sender::start_on(ram, lanes, plan, SEND_LINK)
+    }
+
+    /// The same, with links of these buffers.
+    fn start_on(
+        ram: Arc<GuestRam>,
+        lanes: Vec<LaneEnd>,
+        plan: SendPlan,
+        link: LinkPlan,
+    ) -> Result<Sender, DataError> {
         let hashes = plan.keep_hashes.then(|| Arc::new(SentHashes::new(ram.layout())));
         let rate = Arc::new(AtomicU64::new(share(plan.rate_limit, lanes.len())));
         let compressing = Arc::new(AtomicBool::new(true));
         let (mut queues, mut state_queues) = (Vec::with_capacity(lanes.len()), Vec::new());
-        let crew = Crew::muster(lanes, plan.cipher, SEND_LINK, |_| {
+        let crew = Crew::muster(lanes, plan.cipher, link, |_| {
             let (queue, orders) = bounded(LANE_ORDERS);
             queues.push(queue);
             let (queue, states) = bounded(STATE_ORDERS);
@@ -124,6 +140,8 @@ impl Sender {
             hashes,
             rate,
             compressing,
+            cipher: plan.cipher,
+            taken: None,
             ended: false,
         };
         sender.vmm_state = Some(sender.feed(0)?);
@@ -133,12 +151,23 @@ impl Sender {
     /// Sends the pages of a set. `go_on` is asked every few milliseconds; after `Ok(false)`, when it said no, some
     /// of the pages were sent and the caller must take all of them for unsent.
     pub fn send(&mut self, pages: &PageSet, go_on: &mut dyn FnMut() -> bool) -> Result<bool, DataError> {
+        self.only_rest()?;
         self.deal(pages, Order::Pages, go_on)
     }
 
     /// Tells the target that the pages of a set are zero, without reading them.
     pub fn send_zero(&mut self, pages: &PageSet) -> Result<(), DataError> {
+        self.only_rest()?;
         self.deal(pages, Order::Zero, &mut || true).map(|_| ())
+    }
+
+    /// Beside an urgent path a page is sent by whoever takes it, or an older copy could come after a newer one.
+    fn only_rest(&self) -> Result<(), DataError> {
+        if self.taken.is_none() {
+            Ok(())
+        } else {
+            Err(DataError::Bug("pages were sent past the urgent path"))
+        }
     }
 
     /// Returns when the receiver has taken in everything that was sent.
@@ -236,7 +265,7 @@ impl Sender {
     fn deal(
         &mut self,
         pages: &PageSet,
-        order: fn(Batch) -> Order,
+        order: impl Fn(Batch) -> Order,
         go_on: &mut dyn FnMut() -> bool,
     ) -> Result<bool, DataError> {
         let lanes = self.queues.len().max(1);

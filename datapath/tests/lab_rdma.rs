@@ -14,6 +14,9 @@ mod links;
 #[path = "rdma/locked.rs"]
 mod locked;
 #[cfg(test)]
+#[path = "rdma/urgent.rs"]
+mod urgent;
+#[cfg(test)]
 #[expect(dead_code, reason = "the transfers over TCP and memory use the rest")]
 #[path = "transfer/world.rs"]
 mod world;

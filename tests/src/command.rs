@@ -41,6 +41,36 @@ impl Pki {
         Self(dir)
     }
 
+    /// Every file of it in one line of text, for a test's other half on another host.
+    ///
+    /// # Panics
+    /// When a file cannot be read.
+    #[must_use]
+    pub fn to_line(&self) -> String {
+        let read = |entry: std::io::Result<std::fs::DirEntry>| {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            Ok((name, Value::from(std::fs::read_to_string(entry.path())?)))
+        };
+        let files = std::fs::read_dir(self.path()).and_then(|entries| entries.map(read).collect());
+        Value::Object(files.unwrap_or_else(|e| panic!("no keys to hand over: {e}"))).to_string()
+    }
+
+    /// The same keys, from the line that the other half handed over.
+    ///
+    /// # Panics
+    /// When they cannot be written.
+    #[must_use]
+    pub fn from_line(line: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap_or_else(|e| panic!("no directory for keys: {e}"));
+        let files: std::collections::BTreeMap<String, String> =
+            serde_json::from_str(line).unwrap_or_else(|e| panic!("no keys came: {e}"));
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).unwrap_or_else(|e| panic!("no keys: {e}"));
+        }
+        Self(dir)
+    }
+
     /// The directory for `--tls-dir`.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use nix::sys::signal::Signal;
 use vmferry_guest::process::Phase;
+use vmferry_tests::cable::Cut;
 use vmferry_tests::command::{Done, Pki, Running, send};
 use vmferry_tests::workload::Workload;
 
@@ -14,26 +15,6 @@ const RAM: &str = "8MiB";
 const PLAN: &str = "seed=7,set=256,pattern=random,rate=1MiB,zero=200";
 /// Everything is emulated here, so no move fits the usual limit.
 const FORCE: &[&str] = &["--on-no-converge", "force"];
-
-/// Loses every packet of the cable until it is dropped: those of the card, and those of the control channel.
-struct Cut;
-
-impl Cut {
-    fn now() -> Cut {
-        ["ve0", "ve1"].iter().for_each(|end| tc(&["add", "dev", end, "root", "netem", "loss", "100%"]));
-        Cut
-    }
-}
-
-impl Drop for Cut {
-    fn drop(&mut self) {
-        ["ve0", "ve1"].iter().for_each(|end| tc(&["del", "dev", end, "root"]));
-    }
-}
-
-fn tc(words: &[&str]) {
-    assert!(Command::new("/sbin/tc").arg("qdisc").args(words).status().unwrap().success(), "{words:?}");
-}
 
 fn receive(guest: &str, more: &[&str], hold: &str) -> (Running, String) {
     let listen = format!("rdma://{FAR}:0");
@@ -89,6 +70,46 @@ fn a_direct_move_takes_every_page_along() {
     println!("lab: direct over rdma: blackout {} ms", sent.report["blackout_ms"]);
 }
 
+/// A guest of several regions, more than may be pinned at a time.
+#[test]
+fn a_direct_move_of_more_than_may_be_pinned_takes_every_page_along() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run("24MiB", PLAN), Workload::incoming("24MiB"));
+    let pin = &["--rdma-pin-max", "8MiB"];
+    let (receiving, address) = receive(&target.spec(), &[&tls(&pki), DIRECT, pin].concat(), "");
+    let words = [&tls(&pki), FORCE, DIRECT, &["--verify", "--lanes", "4"]].concat();
+    let sent = send(&source.spec(), &address, &words, "").done();
+    assert_moved(&sent, &receiving.done(), &target);
+    assert_eq!(sent.report["verified"], true);
+    assert_eq!(
+        sent.report["lanes"].as_array().map(Vec::len),
+        Some(2),
+        "a lane needs a region: {}",
+        sent.report
+    );
+}
+
+#[test]
+fn what_may_be_pinned_is_checked_before_anybody_comes() {
+    let (pki, target) = (Pki::new(FAR), Workload::incoming(RAM));
+    let (listen, spec) = (format!("rdma://{FAR}:0"), target.spec());
+    let words = ["receive", "--listen", &listen, "--guest", &spec, "--rdma-pin-max", "1MiB"];
+    let refused = Running::start(&[&words[..], &tls(&pki), DIRECT].concat(), "").done();
+    assert_eq!(refused.code(), 78, "{}", refused.stderr);
+    assert!(refused.sentence().contains("1048576 bytes: give it 4194304 or more"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_direct_move_into_a_guest_that_is_pinned_beforehand_takes_every_page_along() {
+    let pki = Pki::new(FAR);
+    let (source, target) = (Workload::run(RAM, PLAN), Workload::incoming(RAM));
+    let (receiving, address) =
+        receive(&target.spec(), &[&tls(&pki), DIRECT, &["--rdma-pin-all"]].concat(), "");
+    let words = [&tls(&pki), FORCE, DIRECT, &["--verify"]].concat();
+    let sent = send(&source.spec(), &address, &words, "").done();
+    assert_moved(&sent, &receiving.done(), &target);
+}
+
 #[test]
 fn pages_in_clear_on_one_side_only_are_refused() {
     let pki = Pki::new(FAR);
@@ -113,7 +134,7 @@ fn cut_in(phases: &[&str], mode: &[&str]) {
         let words = [&tls(&pki), FORCE, mode].concat();
         let mut sending = send(&source.spec(), &address, &words, &format!("send:{phase}:300"));
         sending.wait_line("holding at");
-        let cut = Cut::now();
+        let cut = Cut::now(&["ve0", "ve1"]);
         let sent = sending.done();
         drop(cut);
         if *phase == "seal" && sent.code() == 3 {
@@ -168,7 +189,7 @@ fn a_lost_rdma_link_is_tried_again_over_tcp_when_told_so() {
     let words = [&tls(&pki), FORCE, fallback].concat();
     let mut sending = send(&source.spec(), &address, &words, "send:copy:300");
     sending.wait_line("holding at");
-    let cut = Cut::now();
+    let cut = Cut::now(&["ve0", "ve1"]);
     sending.wait_line("trying again over tcp");
     drop(cut);
     assert_moved(&sending.done(), &receiving.done(), &target);
@@ -209,4 +230,37 @@ fn the_bench_counts_what_each_way_asks_for() {
         assert!(count("operations") > 0.0 && count("system_calls") > 0.0, "{row}");
         println!("lab: per GiB: {row}");
     }
+}
+
+/// Counts what each end's lane executes over one way: slow, so a way is a test.
+fn instructions_over(way: &str) {
+    let bench = vmferry_tests::command::program().with_file_name("vmferry-bench");
+    let words = ["rdma", "--address", FAR, "--quick", "--json", "--instructions", "--way", way];
+    let ran = Command::new(bench).args(words).output().unwrap();
+    let (said, told) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success(), "{told}");
+    let report: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    let counted = &report["instructions"][0];
+    let count = |end: &str| counted[end].as_f64().unwrap_or_else(|| panic!("{report}\n{told}"));
+    assert!(count("source") > 1e6 && count("target") > 1e6, "{counted}");
+    println!(
+        "lab: instructions per GiB over {way}: source {:.3e}, target {:.3e}",
+        count("source"),
+        count("target")
+    );
+}
+
+#[test]
+fn the_bench_counts_instructions_over_tcp() {
+    instructions_over("tcp");
+}
+
+#[test]
+fn the_bench_counts_instructions_over_sealed_rdma() {
+    instructions_over("sealed");
+}
+
+#[test]
+fn the_bench_counts_instructions_over_direct_rdma() {
+    instructions_over("direct");
 }

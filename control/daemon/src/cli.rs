@@ -97,12 +97,25 @@ pub struct SecurityArgs {
 #[derive(Debug, Clone, Args)]
 pub struct RdmaArgs {
     /// Over RDMA, write pages in clear, straight into the target's guest; records stay sealed. Only for fabrics that
-    /// encrypt in the card. Both sides must give it; the target locks all of the guest's memory unless its card pages by itself.
+    /// encrypt in the card. Both sides must give it; the target locks what is written to, unless its card pages by itself.
     #[arg(long)]
     pub rdma_direct_plaintext: bool,
-    /// When the RDMA link cannot be made, or is lost before Commit, try once more over this. Give it to both sides.
+    /// When the RDMA link cannot be made, or is lost before Commit, try once more over this. Give it to both sides; the
+    /// source knocks for at most 20 s until the target has noticed the loss and listens again.
     #[arg(long, value_enum, value_name = "tcp")]
     pub rdma_fallback: Option<Fallback>,
+}
+
+/// What a target in direct mode locks of its guest. Without either: all that pages come for, or as much of it at a time as
+/// the limit of locked memory allows.
+#[derive(Debug, Clone, Args)]
+pub struct PinArgs {
+    /// Lock at most so much of the guest at a time, 4MiB or more for each lane: what was written to longest ago is let go.
+    #[arg(long, value_name = "SIZE", requires = "rdma_direct_plaintext", conflicts_with = "rdma_pin_all")]
+    pub rdma_pin_max: Option<bytesize::ByteSize>,
+    /// Lock all of the guest before the first page comes.
+    #[arg(long, requires = "rdma_direct_plaintext")]
+    pub rdma_pin_all: bool,
 }
 
 /// `--rdma-fallback`
@@ -221,6 +234,9 @@ pub struct ReceiveArgs {
     /// Lanes over RDMA.
     #[command(flatten)]
     pub rdma: RdmaArgs,
+    /// What direct mode locks of this guest.
+    #[command(flatten)]
+    pub pin: PinArgs,
     /// This host's primary for the guest's standby, as QEMU's -device: vfio-pci,host=0000:01:10.0,id=vf0[,failover_pair_id=net0]
     #[arg(long = "failover-primary", value_name = "DEVICE")]
     pub primaries: Vec<DeviceOptions>,
@@ -317,6 +333,8 @@ mod tests {
             "vmferry microvm --name a --flat code --vfio mtty0=/sys/bus/mdev/devices/83b8 --vfio eth1=/sys/bus/pci/devices/0000:01:10.0",
             "vmferry microvm --name b --incoming --console none --beat unix:/run/beat",
             "vmferry receive --listen rdma://192.0.2.7:7700 --guest process:b --tls-dir pki --rdma-fallback tcp",
+            "vmferry receive --listen rdma://192.0.2.7:7700 --guest process:b --tls-dir pki --rdma-direct-plaintext --rdma-pin-max 1GiB",
+            "vmferry receive --listen rdma://192.0.2.7:7700 --guest process:b --tls-dir pki --rdma-direct-plaintext --rdma-pin-all",
             "vmferry send --guest process:a --to rdma://192.0.2.7:7700 --tls-dir pki --rdma-direct-plaintext",
             "vmferry send --guest process:a --to rdma:192.0.2.7:7700 --tls-dir pki --rdma-fallback tcp",
             "vmferry send --guest qemu:/run/a.qmp --to tcp://127.0.0.1:7700 --tls-dir pki --failover auto --failover-standby virtio-net-pci,for=vf0,id=net0,netdev=n0,bus=rp2 --unplug-timeout 5s --on-unplug-timeout wait",

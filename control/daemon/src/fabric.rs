@@ -10,4 +10,15 @@ mod built;
 #[path = "fabric/absent.rs"]
 mod built;
 
-pub use built::{Direct, Lane, Listener, check_memlock, check_memlock_of_target};
+pub use built::{Direct, Lane, Listener, Pins, check_memlock, pins_of_target};
+
+/// What the operator said about how much of a target's guest direct mode locks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PinWish {
+    /// Nothing.
+    None,
+    /// At most so many bytes at a time.
+    AtMost(u64),
+    /// All of it, before the first page.
+    All,
+}

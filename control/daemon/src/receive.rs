@@ -98,6 +98,7 @@ struct Reception<'a> {
     pilot: Pilot<TargetSession>,
     guest: Box<dyn TargetGuest>,
     ram: Arc<GuestRam>,
+    pins: Option<fabric::Pins>,
     receiver: Option<Receiver>,
     spool: Option<Spool>,
     devices: DeviceLoaders,
@@ -123,10 +124,9 @@ impl<'a> Reception<'a> {
         let cpus = lanes::lane_cpus(args.cpus.as_ref(), PinFrom::High)?;
         let ram = guest.ram();
         let limits = Limits::for_move(None, ram.layout().total_bytes().0, true);
-        if listen.transport == Transport::Rdma {
-            terms::check_memlock(args, ram.layout().total_bytes().0)?;
-        }
-        let terms = terms::terms(args, guest.as_ref());
+        let rdma = listen.transport == Transport::Rdma;
+        let pins = rdma.then(|| terms::pins(args, ram.layout().total_bytes().0)).transpose()?;
+        let terms = terms::terms(args, guest.as_ref(), pins.as_ref());
         let began = clock();
         let session = TargetSession::listen(VacantToken::claim(), terms, limits, Duration::ZERO);
         let pilot = Pilot::new(session, Vec::new(), began);
@@ -142,6 +142,7 @@ impl<'a> Reception<'a> {
             pilot,
             guest,
             ram,
+            pins,
             receiver: None,
             spool: None,
             devices: DeviceLoaders::default(),
@@ -255,7 +256,8 @@ impl<'a> Reception<'a> {
             .channel()
             .ok_or_else(|| SessionError::LinkLost("the control connection was lost".into()))?;
         let ram = &self.ram;
-        let direct = agreement.transport.is_direct().then(|| fabric::Direct::target(Arc::clone(ram)));
+        let pins = self.pins.as_ref().filter(|_| agreement.transport.is_direct());
+        let direct = pins.map(|pins| fabric::Direct::target(Arc::clone(ram), pins, agreement.lanes));
         let (attempt, direct, cpus) = (&agreement.attempt, direct.as_ref(), &self.cpus);
         let ends = streams
             .into_iter()

@@ -40,7 +40,7 @@ pub struct PhaseReport {
 }
 
 /// What one lane did.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct LaneReport {
     /// The CPU that its thread was pinned to.
     pub cpu: Option<usize>,

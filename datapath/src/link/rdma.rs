@@ -29,8 +29,10 @@ use crate::page::ChunkIndex;
 
 mod cm;
 mod counts;
+mod dial;
 mod error;
 mod inbox;
+mod lease;
 pub mod memlock;
 mod placement;
 mod verbs;
@@ -38,20 +40,20 @@ mod wire;
 
 pub use cm::{HELLO_BYTES_MAX, RdmaConnection, RdmaKnock, RdmaListener};
 pub use counts::{RdmaCount, RdmaCounts};
+pub use dial::Service;
 pub use error::RdmaError;
-pub use placement::OpenRam;
+pub use placement::{OpenRam, Pin};
 
 use cm::{Connection, Notice};
 use counts::Counts;
 use inbox::Inbox;
+use lease::Share;
 use placement::{Place, Placer, cannot_open};
 use verbs::{Done, Reach, Region};
 use wire::{Immediate, Note, Window, low_bits, total_of};
 
 /// Requests that are kept free for credit and notes.
 const SENDS_RESERVED: usize = 8;
-/// Notes that may wait to be sent; a peer that asks for more than it listens to is none.
-const NOTES_MAX: usize = 64;
 
 /// A slot on its way: how much of it was posted.
 #[derive(Clone, Copy, Debug)]
@@ -66,8 +68,8 @@ struct Outgoing {
 enum Posted {
     /// A piece of a slot.
     Slot(usize),
-    /// A run of pages, on its way into the target's guest.
-    Placed(usize),
+    /// A run of pages, on its way into a region of the target's guest.
+    Placed { slot: usize, region: u32 },
     /// Credit: at most one is on its way.
     Credit,
     /// A note.
@@ -80,8 +82,8 @@ enum Mode {
     Sealed,
     /// This end writes pages into the peer's guest.
     Placing(Box<Placer>),
-    /// The peer writes pages into this end's guest.
-    Open(Arc<OpenRam>),
+    /// The peer writes pages into this end's guest: into the regions that it holds.
+    Open(Arc<OpenRam>, Share),
 }
 
 /// A link over a connected queue pair.
@@ -131,7 +133,7 @@ impl RdmaLink {
     /// The target's end of a link in direct mode; all lanes share `ram`. Both sides must have agreed on it.
     #[must_use]
     pub fn open(connection: RdmaConnection, ram: Arc<OpenRam>) -> RdmaLink {
-        RdmaLink::of_mode(connection, Mode::Open(ram))
+        RdmaLink::of_mode(connection, Mode::Open(ram, Share::of(0)))
     }
 
     fn of_mode(connection: RdmaConnection, mode: Mode) -> RdmaLink {
@@ -163,10 +165,10 @@ impl RdmaLink {
     fn is_free(&self, slot: usize) -> bool {
         self.buffers.as_ref().is_some_and(|buffers| slot < buffers.slot_count)
             && self.queue.iter().all(|out| out.slot != slot)
-            && !self
-                .posted
-                .iter()
-                .any(|posted| *posted == Posted::Slot(slot) || *posted == Posted::Placed(slot))
+            && !self.posted.iter().any(|posted| match *posted {
+                Posted::Slot(used) | Posted::Placed { slot: used, .. } => used == slot,
+                Posted::Credit | Posted::Note => false,
+            })
     }
 
     /// Keeps the first fault; bytes that arrived before it are still handed out.
@@ -203,9 +205,7 @@ impl RdmaLink {
         let mut any = false;
         while let Some(done) = self.connection.queue_pair.poll().map_err(cannot_post)? {
             match done {
-                Done::Sent => {
-                    any |= matches!(self.posted.pop_front(), Some(Posted::Slot(_) | Posted::Placed(_)));
-                }
+                Done::Sent => any |= self.sent(),
                 Done::Immediate(wire) => self.immediate(Immediate::from_wire(wire))?,
                 Done::Note(slot) => any |= self.note(slot)?,
                 Done::Failed(status) => self.failed(status),
@@ -213,6 +213,18 @@ impl RdmaLink {
             }
         }
         Ok(any)
+    }
+
+    /// The oldest request has completed; whether it freed a piece of a slot.
+    fn sent(&mut self) -> bool {
+        match (self.posted.pop_front(), &mut self.mode) {
+            (Some(Posted::Placed { region, .. }), Mode::Placing(placer)) => {
+                placer.leases.completed(region);
+                true
+            }
+            (Some(Posted::Slot(_) | Posted::Placed { .. }), _) => true,
+            (Some(Posted::Credit | Posted::Note) | None, _) => false,
+        }
     }
 
     /// A request that did not come to its end. One that was flushed tells only that the queue pair is over; the one that
@@ -242,21 +254,15 @@ impl RdmaLink {
     fn note(&mut self, slot: usize) -> Result<bool, LinkTrouble> {
         let note = Note::parse(&self.connection.queue_pair.note(slot)).map_err(LinkTrouble::Broken)?;
         self.connection.queue_pair.post_receive(slot).map_err(cannot_post)?;
-        let broken = Err(LinkTrouble::Broken(FrameFault::BadCard));
-        match (note, &mut self.mode) {
-            (Note::Ring(window), _) if self.ring.is_none() => self.ring = Some(window),
-            (Note::Want(region), Mode::Open(ram)) if self.notes.len() < NOTES_MAX => {
-                match ram.open(&self.connection, region).map_err(cannot_open)? {
-                    Some(window) => self.notes.push_back(Note::Region(region, window)),
-                    None => return broken,
-                }
-            }
-            (Note::Region(region, window), Mode::Placing(placer)) => {
-                return if placer.told(region, window) { Ok(true) } else { broken };
-            }
-            (Note::Ring(_) | Note::Want(_) | Note::Region(..), _) => return broken,
-        }
-        Ok(false)
+        let understood = if let Note::Ring(window, regions) = note
+            && self.ring.is_none()
+        {
+            self.ring = Some(window);
+            self.allow(regions)
+        } else {
+            self.note_of_regions(note)?
+        };
+        understood.ok_or(LinkTrouble::Broken(FrameFault::BadCard))
     }
 
     /// Posts what may be posted: notes, credit, and as much of the slots as the peer's ring has room for.
@@ -346,7 +352,11 @@ impl Link for RdmaLink {
         let ring_bytes = (plan.receive_bytes / RDMA_RING_PART).next_multiple_of(4096);
         let ring =
             Region::new(queue_pair, ring_bytes, Reach::PeerWrites).map_err(|error| not_registered(&error))?;
-        self.notes.push_back(Note::Ring(ring.key().window()));
+        if let Mode::Open(ram, share) = &mut self.mode {
+            *share = ram.admit(&self.connection).map_err(cannot_open)?;
+        }
+        let regions = if let Mode::Open(_, share) = &self.mode { share.allowed() } else { 0 };
+        self.notes.push_back(Note::Ring(ring.key().window(), regions));
         let inbox = Inbox::new(ring, plan.receive_bytes);
         self.queue = VecDeque::with_capacity(plan.send_slots);
         self.buffers =
@@ -426,10 +436,11 @@ impl Link for RdmaLink {
         self.check()?;
         let Mode::Placing(placer) = &mut self.mode else { return Err(cannot_open(Errno::OPNOTSUPP)) };
         match placer.place_of(chunk) {
-            Place::There(address, key) => self.post_pages(chunk, pages, address, key).map_err(cannot_post),
+            Place::There(region, to) => self.post_pages(chunk, pages, region, to).map_err(cannot_post),
             Place::Soon => Ok(false),
             Place::Nowhere => Err(cannot_open(Errno::INVAL)),
-            Place::Ask(region) => {
+            Place::Ask { region, instead_of } => {
+                self.notes.extend(instead_of.map(Note::GiveBack));
                 self.notes.push_back(Note::Want(region));
                 self.pump().map(|_| false)
             }

@@ -24,7 +24,8 @@ use crate::page::{CHUNK_BYTES, ChunkIndex};
 use crate::page_set::PageSet;
 use crate::seal::Source;
 
-/// Which pages of the target may hold something: one word a chunk, each used by the chunk's lane only.
+/// Which pages of the target may hold something: one word a chunk, for the chunk's lane and the urgent path. Each page of it
+/// is looked at and set by one of them only.
 pub(crate) struct Written(Vec<AtomicU64>);
 
 impl Written {
@@ -271,9 +272,8 @@ impl Target<'_> {
         self.zero(chunk, record.present & !record.data)?;
         if record.data != 0 {
             let word = self.written.word(chunk).ok_or(Refusal::Peer(FrameFault::NoSuchPage))?;
-            let written = word.load(Ordering::Relaxed);
             done(self.ram.write_pages(chunk, record.data, body))?;
-            word.store(written | record.data, Ordering::Relaxed);
+            word.fetch_or(record.data, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -288,7 +288,7 @@ impl Target<'_> {
         }
         self.zero(chunk, present & !data)?;
         let word = self.written.word(chunk).ok_or(Refusal::Peer(FrameFault::NoSuchPage))?;
-        word.store(word.load(Ordering::Relaxed) | data, Ordering::Relaxed);
+        word.fetch_or(data, Ordering::Relaxed);
         Ok(())
     }
 

@@ -20,6 +20,7 @@ use super::body::BodyMaker;
 use super::feed::StateOrder;
 use super::pacer::Pacer;
 use super::placing::ToldZero;
+use super::urgent::Taken;
 use crate::error::{DataError, LinkFault};
 use crate::frame::{ChunkRecord, Credit, FrameFault, HEADER_BYTES, Record, TAG_BYTES, first_record};
 use crate::guest_ram::GuestRam;
@@ -63,6 +64,8 @@ impl Batch {
 pub(crate) enum Order {
     /// Send these pages.
     Pages(Batch),
+    /// Send those of these pages that no path has taken.
+    Rest(Batch, Arc<Taken>),
     /// Tell that these pages are zero, without reading them.
     Zero(Batch),
     /// Answer when the receiver has everything.
@@ -183,6 +186,13 @@ impl SendLane {
         match order {
             Order::Pages(batch) => batch.iter().try_for_each(|(chunk, pages)| {
                 self.send_chunk(chunk, pages)?;
+                self.state_turn().map(|_| ())
+            }),
+            Order::Rest(batch, taken) => batch.iter().try_for_each(|(chunk, pages)| {
+                match taken.take(chunk, pages) {
+                    0 => {}
+                    left => self.send_chunk(chunk, left)?,
+                }
                 self.state_turn().map(|_| ())
             }),
             Order::Zero(batch) => batch.iter().try_for_each(|(chunk, pages)| self.send_zero(chunk, pages)),

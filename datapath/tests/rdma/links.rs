@@ -25,9 +25,15 @@ fn far() -> SocketAddr {
 
 /// Two connected ends, with the hello checked.
 pub(crate) fn connected() -> (RdmaConnection, RdmaConnection) {
+    connected_as(Service::Bulk)
+}
+
+/// The same, as a service of its own.
+pub(crate) fn connected_as(service: Service) -> (RdmaConnection, RdmaConnection) {
     let far = far();
     let listener = RdmaListener::bind(far).unwrap();
-    let dialled = std::thread::spawn(move || RdmaConnection::connect(far, b"hello", WITHIN).unwrap());
+    let dial = move || RdmaConnection::connect_as(service, far, b"hello", WITHIN).unwrap();
+    let dialled = std::thread::spawn(dial);
     let knock = listener.next(WITHIN).expect("nobody knocked");
     assert_eq!(&knock.hello()[..6], b"hello\0");
     let accepted = knock.accept().unwrap();

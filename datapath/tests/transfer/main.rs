@@ -12,4 +12,6 @@ mod states;
 #[cfg(test)]
 mod trouble;
 #[cfg(test)]
+mod urgent;
+#[cfg(test)]
 mod world;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use vmferry_datapath::{GuestRam, Link};
 
+use super::PinWish;
 use crate::failure::Failure;
 
 /// There are none in this build.
@@ -54,7 +55,7 @@ impl Direct {
 
     /// Nothing.
     #[must_use]
-    pub fn target(_ram: Arc<GuestRam>) -> Self {
+    pub fn target(_ram: Arc<GuestRam>, _pins: &Pins, _lanes: u16) -> Self {
         Self
     }
 }
@@ -64,12 +65,18 @@ pub fn check_memlock(_lanes: u16) -> Result<(), Failure> {
     Err(missing())
 }
 
+/// Nothing is pinned.
+pub struct Pins {
+    /// Lanes that may come.
+    pub lanes_max: u16,
+}
+
 /// Refuses.
-pub fn check_memlock_of_target(
-    _lanes: u16,
-    _direct: Option<u64>,
+pub fn pins_of_target(
+    _lanes_max: u16,
+    _direct: Option<(u64, PinWish)>,
     _address: SocketAddr,
-) -> Result<(), Failure> {
+) -> Result<Pins, Failure> {
     Err(missing())
 }
 

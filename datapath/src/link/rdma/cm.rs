@@ -35,12 +35,13 @@ const ACK_TIMEOUT: u8 = 17;
 const RETRIES: u8 = 6;
 /// Without end: a peer that is there and has posted no receive is slow, not lost.
 const NOT_READY_RETRIES: u8 = 7;
-/// `RDMA_OPTION_ID` and `RDMA_OPTION_ID_ACK_TIMEOUT` of rdma_cma.h.
+/// `RDMA_OPTION_ID`, and its `_TOS` and `_ACK_TIMEOUT`, of rdma_cma.h.
 const OPTION_OF_ID: i32 = 0;
+const OPTION_TRAFFIC_CLASS: i32 = 0;
 const OPTION_ACK_TIMEOUT: i32 = 3;
 
 /// The error number that an event's status is, below zero.
-fn errno_of_status(status: i32) -> Errno {
+pub(super) fn errno_of_status(status: i32) -> Errno {
     Errno::from_io_error(&std::io::Error::from_raw_os_error(status.saturating_abs())).unwrap_or(Errno::IO)
 }
 
@@ -52,19 +53,19 @@ fn outcome(code: i32) -> Result<(), Errno> {
 }
 
 /// What the connection manager told.
-struct Event {
-    kind: kind::Type,
-    status: i32,
+pub(super) struct Event {
+    pub(super) kind: kind::Type,
+    pub(super) status: i32,
     /// The new connection of a request.
     id: *mut sys::rdma_cm_id,
     hello: [u8; HELLO_BYTES_MAX],
 }
 
 /// Where the connection manager tells of one id, or of a listener and its requests.
-struct Channel(NonNull<sys::rdma_event_channel>);
+pub(super) struct Channel(NonNull<sys::rdma_event_channel>);
 
 impl Channel {
-    fn new() -> Result<Channel, RdmaError> {
+    pub(super) fn new() -> Result<Channel, RdmaError> {
         let cannot = refused("open the RDMA connection manager", FIX_CARD);
         // SAFETY: no argument.
         let raw = unsafe { sys::rdma_create_event_channel() };
@@ -107,7 +108,7 @@ impl Channel {
     }
 
     /// The next event, waiting at most until `due`.
-    fn await_next(&self, due: Instant) -> Option<Event> {
+    pub(super) fn await_next(&self, due: Instant) -> Option<Event> {
         loop {
             if let Some(event) = self.next() {
                 return Some(event);
@@ -129,7 +130,7 @@ impl Drop for Channel {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a connection is driven here, and so the clock is read")]
-fn now() -> Instant {
+pub(super) fn now() -> Instant {
     Instant::now()
 }
 
@@ -146,7 +147,7 @@ fn wait_for(fds: &[BorrowedFd<'_>], wait: Duration) {
 pub(super) struct CmId(NonNull<sys::rdma_cm_id>);
 
 impl CmId {
-    fn new(channel: &Channel) -> Result<CmId, RdmaError> {
+    pub(super) fn new(channel: &Channel) -> Result<CmId, RdmaError> {
         let mut raw = null_mut();
         let space = sys::rdma_port_space::RDMA_PS_TCP;
         // SAFETY: the channel lives, and the place is ours.
@@ -167,8 +168,35 @@ impl CmId {
         unsafe { (*self.raw()).verbs }
     }
 
+    /// Asks for the way to an address; the answer comes as an event, at the latest after so long.
+    pub(super) fn resolve_address(&self, to: SocketAddr, within_ms: i32) -> Result<(), Errno> {
+        let mut to = raw_address(to);
+        // SAFETY: the id lives, and the address is whole.
+        outcome(unsafe { sys::rdma_resolve_addr(self.raw(), null_mut(), (&raw mut to).cast(), within_ms) })
+    }
+
+    /// Asks for the route to the address that was resolved; the answer comes as an event.
+    pub(super) fn resolve_route(&self, within_ms: i32) -> Result<(), Errno> {
+        // SAFETY: the id lives; one without an address is refused by the library.
+        outcome(unsafe { sys::rdma_resolve_route(self.raw(), within_ms) })
+    }
+
+    /// Asks the peer for a connection of this id's queue pair; the answer comes as an event.
+    pub(super) fn connect(&self, hello: &[u8]) -> Result<(), Errno> {
+        let mut wanted = parameters(hello);
+        // SAFETY: the id lives; one without a route is refused. The hello outlives the call.
+        outcome(unsafe { sys::rdma_connect(self.raw(), &raw mut wanted) })
+    }
+
+    /// The traffic class of all packets of the connection; before its route is asked for.
+    pub(super) fn set_traffic_class(&self, mut class: u8) -> Result<(), Errno> {
+        let place = (&raw mut class).cast();
+        // SAFETY: the id lives; the option takes one byte, and `class` is one.
+        outcome(unsafe { sys::rdma_set_option(self.raw(), OPTION_OF_ID, OPTION_TRAFFIC_CLASS, place, 1) })
+    }
+
     /// A request for a lost segment goes out after half a second, not after two.
-    fn hurry(&self) {
+    pub(super) fn hurry(&self) {
         let mut timeout = ACK_TIMEOUT;
         let place = (&raw mut timeout).cast();
         // SAFETY: the option takes one byte, and `timeout` is one. A kernel that refuses keeps its own.
@@ -207,6 +235,10 @@ pub(super) enum Notice {
 }
 
 impl Connection {
+    pub(super) fn new(queue_pair: QueuePair, id: CmId, channel: Channel) -> Connection {
+        Connection { queue_pair, id, channel }
+    }
+
     /// What happened to the connection since the last look.
     pub(super) fn notice(&self) -> Option<Notice> {
         loop {
@@ -293,81 +325,6 @@ fn parameters(hello: &[u8]) -> sys::rdma_conn_param {
     }
 }
 
-/// A connection that is being made: which peer, until when.
-struct Dial<'a> {
-    channel: &'a Channel,
-    address: SocketAddr,
-    due: Instant,
-}
-
-impl Dial<'_> {
-    /// Waits until the connection manager says that a step is done.
-    fn expect(&self, wanted: kind::Type, stage: &'static str) -> Result<(), RdmaError> {
-        let address = self.address;
-        let Some(event) = self.channel.await_next(self.due) else {
-            return Err(RdmaError::Silent { address, stage });
-        };
-        let errno = errno_of_status(event.status);
-        match event.kind {
-            got if got == wanted => Ok(()),
-            kind::RDMA_CM_EVENT_ADDR_ERROR => Err(RdmaError::NoDevice { address, errno }),
-            kind::RDMA_CM_EVENT_REJECTED => Err(RdmaError::Rejected { address, reason: event.status }),
-            _ => Err(RdmaError::Silent { address, stage }),
-        }
-    }
-
-    /// Looks for the way to the peer; `false` when it should be tried again. The kernel looks at its neighbour table once
-    /// and then waits for news of it, which on a short wire can have come in between: so it is given little time and
-    /// asked again, which finds the neighbour known.
-    fn resolve(&self, id: &CmId) -> Result<bool, RdmaError> {
-        const RESOLVE_MS: i32 = 300;
-        let address = self.address;
-        let mut to = raw_address(address);
-        let to = (&raw mut to).cast();
-        // SAFETY: the id lives, and the address is whole.
-        let asked = unsafe { sys::rdma_resolve_addr(id.raw(), null_mut(), to, RESOLVE_MS) };
-        outcome(asked).map_err(|errno| RdmaError::NoDevice { address, errno })?;
-        match self.expect(kind::RDMA_CM_EVENT_ADDR_RESOLVED, "its address was not resolved") {
-            Ok(()) => Ok(true),
-            Err(RdmaError::NoDevice { errno: Errno::TIMEDOUT, .. }) if self.left_ms() > 0 => Ok(false),
-            Err(RdmaError::NoDevice { errno: Errno::TIMEDOUT, .. }) => {
-                Err(RdmaError::Silent { address, stage: "its address was not resolved" })
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn left_ms(&self) -> i32 {
-        i32::try_from(self.due.saturating_duration_since(now()).as_millis()).unwrap_or(i32::MAX)
-    }
-}
-
-impl RdmaConnection {
-    /// Connects to a listener and says hello, within `within`.
-    pub fn connect(address: SocketAddr, hello: &[u8], within: Duration) -> Result<RdmaConnection, RdmaError> {
-        let channel = Channel::new()?;
-        let id = CmId::new(&channel)?;
-        let dial = Dial { channel: &channel, address, due: now() + within };
-        while !dial.resolve(&id)? {}
-        id.hurry();
-        // SAFETY: the id lives and has an address.
-        let asked = unsafe { sys::rdma_resolve_route(id.raw(), dial.left_ms()) };
-        outcome(asked).map_err(|errno| RdmaError::NoDevice { address, errno })?;
-        dial.expect(kind::RDMA_CM_EVENT_ROUTE_RESOLVED, "no route to it was found")?;
-        let queue_pair = QueuePair::new(&id)?;
-        let mut wanted = parameters(hello);
-        // SAFETY: the id lives and has a route and a queue pair; the hello outlives the call.
-        let asked = unsafe { sys::rdma_connect(id.raw(), &raw mut wanted) };
-        let connected = outcome(asked).map_err(refused("connect over RDMA", FIX_CARD)).and_then(|()| {
-            dial.expect(kind::RDMA_CM_EVENT_ESTABLISHED, "it did not answer the connection request")
-        });
-        let inner = Connection { queue_pair, id, channel };
-        connected?;
-        inner.queue_pair.shorten_not_ready();
-        Ok(RdmaConnection { inner: Arc::new(inner), established: true })
-    }
-}
-
 /// Listens for connections.
 pub struct RdmaListener {
     id: CmId,
@@ -450,6 +407,6 @@ impl RdmaKnock {
         let mut wanted = parameters(&[]);
         // SAFETY: the id has a queue pair and a request to accept.
         outcome(unsafe { sys::rdma_accept(id.raw(), &raw mut wanted) }).map_err(&cannot)?;
-        Ok(RdmaConnection { inner: Arc::new(Connection { queue_pair, id, channel }), established: false })
+        Ok(RdmaConnection { inner: Arc::new(Connection::new(queue_pair, id, channel)), established: false })
     }
 }

@@ -9,12 +9,21 @@ use std::fmt;
 use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
 
-use crate::limits::{CREDIT_BYTES, CREDIT_SLOTS, RDMA_RING_PART, RECEIVE_BYTES, SEND_SLOTS, SLOT_BYTES};
+use super::placement::Pin;
+use crate::limits::{
+    CREDIT_BYTES, CREDIT_SLOTS, RDMA_REGION_BYTES, RDMA_RING_PART, RECEIVE_BYTES, SEND_SLOTS, SLOT_BYTES,
+};
 
 /// Bytes that one sending lane locks: slots, the ring for credit, the slots for notes.
 pub const SENDING_LANE_LOCKED: u64 = (SEND_SLOTS * SLOT_BYTES + CREDIT_BYTES / RDMA_RING_PART + 4096) as u64;
 /// Bytes that one receiving lane locks.
 pub const RECEIVING_LANE_LOCKED: u64 = (CREDIT_SLOTS * 4096 + RECEIVE_BYTES / RDMA_RING_PART + 4096) as u64;
+
+/// Bytes that so many receiving lanes lock.
+#[must_use]
+pub const fn receiving(lanes: u16) -> u64 {
+    lanes as u64 * RECEIVING_LANE_LOCKED
+}
 
 /// The capability that lifts the limit.
 const CAP_IPC_LOCK: u32 = 14;
@@ -61,6 +70,24 @@ pub fn check(needed: u64) -> Result<(), MemlockTooLow> {
     compare(needed, getrlimit(Resource::Memlock).current, is_privileged())
 }
 
+/// Bytes that this process may lock; `None` is no limit.
+#[must_use]
+pub fn limit() -> Option<u64> {
+    getrlimit(Resource::Memlock).current.filter(|_| !is_privileged())
+}
+
+/// What to pin of a guest where nobody said: all that pages come for, or as much at a time as the limit leaves beside
+/// the lanes. It must leave a region for each lane.
+pub fn pin_within(limit: Option<u64>, lanes: u16, ram_bytes: u64) -> Result<Pin, MemlockTooLow> {
+    let room = limit.map_or(u64::MAX, |limit| limit.saturating_sub(receiving(lanes)));
+    if room >= ram_bytes {
+        return Ok(Pin::AsNeeded);
+    }
+    let least = ram_bytes.min(u64::from(lanes) * RDMA_REGION_BYTES);
+    compare(receiving(lanes).saturating_add(least), limit, false)?;
+    Ok(Pin::AtMost(room - room % RDMA_REGION_BYTES))
+}
+
 /// Whether this thread is above the limit.
 fn is_privileged() -> bool {
     let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
@@ -72,6 +99,17 @@ fn is_privileged() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_that_is_larger_than_the_limit_is_pinned_a_part_at_a_time() {
+        const MIB: u64 = 1 << 20;
+        let of_lanes = receiving(2);
+        assert_eq!(pin_within(None, 2, 64 * MIB), Ok(Pin::AsNeeded));
+        assert_eq!(pin_within(Some(of_lanes + 64 * MIB), 2, 64 * MIB), Ok(Pin::AsNeeded));
+        assert_eq!(pin_within(Some(of_lanes + 63 * MIB), 2, 64 * MIB), Ok(Pin::AtMost(60 * MIB)));
+        let low = pin_within(Some(of_lanes + 7 * MIB), 2, 64 * MIB).unwrap_err();
+        assert_eq!(low.needed, of_lanes + 8 * MIB);
+    }
 
     #[test]
     fn a_limit_that_is_too_low_is_told_with_both_numbers_and_both_remedies() {

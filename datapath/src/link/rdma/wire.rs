@@ -3,7 +3,7 @@
 //! ```text
 //!   WRITE_WITH_IMM  0 ‖ length      so many bytes lie in your ring, behind the last ones
 //!   WRITE_WITH_IMM  1 ‖ taken       I took so many out of mine, in all, modulo 2^31
-//!   SEND            card, 32 bytes  here is my ring; I want region n; here is region n
+//!   SEND            card, 32 bytes  here is my ring; I want region n; here is region n; I give region n back
 //! ```
 //!
 //! All of it came from the peer, and is checked before it is believed. What must never happen: a number of the peer's
@@ -71,12 +71,14 @@ pub(super) struct Window {
 /// A small message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Note {
-    /// The sender of this note takes bytes in here.
-    Ring(Window),
+    /// The sender of this note takes bytes in here, and lets the other one hold so many of its guest's regions.
+    Ring(Window, u32),
     /// The sender of this note will write pages of that region: where is it?
     Want(u32),
     /// There it is.
     Region(u32, Window),
+    /// Each write of the sender of this note to that region has completed, and it asks again before the next one.
+    GiveBack(u32),
 }
 
 /// A note as it lies on the wire.
@@ -96,15 +98,17 @@ const _: () = assert!(size_of::<Card>() == CARD_BYTES);
 const RING: u8 = 1;
 const WANT: u8 = 2;
 const REGION: u8 = 3;
+const GIVE_BACK: u8 = 4;
 
 impl Note {
     /// Its bytes.
     pub(super) fn card(self) -> Card {
         let nowhere = Window { address: 0, key: 0, len: 0 };
         let (kind, region, window) = match self {
-            Note::Ring(window) => (RING, 0, window),
+            Note::Ring(window, regions) => (RING, regions, window),
             Note::Want(region) => (WANT, region, nowhere),
             Note::Region(region, window) => (REGION, region, window),
+            Note::GiveBack(region) => (GIVE_BACK, region, nowhere),
         };
         let (region, key) = (U32::new(region), U32::new(window.key));
         let (address, len) = (U64::new(window.address), U64::new(window.len));
@@ -116,13 +120,14 @@ impl Note {
         let card = Card::read_from_bytes(bytes).map_err(|_| FrameFault::BadCard)?;
         let window = Window { address: card.address.get(), key: card.key.get(), len: card.len.get() };
         let note = match card.kind {
-            RING => Note::Ring(window),
+            RING => Note::Ring(window, card.region.get()),
             WANT => Note::Want(card.region.get()),
             REGION => Note::Region(card.region.get(), window),
+            GIVE_BACK => Note::GiveBack(card.region.get()),
             _ => return Err(FrameFault::BadCard),
         };
         let fits = window.address.checked_add(window.len).is_some();
-        let ring_fits = !matches!(note, Note::Ring(ring) if ring.len == 0 || ring.len > RING_BYTES_MAX);
+        let ring_fits = !matches!(note, Note::Ring(ring, _) if ring.len == 0 || ring.len > RING_BYTES_MAX);
         // There is one way to say a thing: what the kind does not use is zero.
         let canonical = note.card().as_bytes() == bytes;
         if fits && ring_fits && canonical { Ok(note) } else { Err(FrameFault::BadCard) }
@@ -137,7 +142,8 @@ mod tests {
 
     #[test]
     fn notes_survive_the_wire_and_no_byte_of_a_card_is_free() {
-        for note in [Note::Ring(WINDOW), Note::Want(9), Note::Region(9, WINDOW)] {
+        let notes = [Note::Ring(WINDOW, 3), Note::Want(9), Note::Region(9, WINDOW), Note::GiveBack(9)];
+        for note in notes {
             let card = note.card();
             assert_eq!(Note::parse(card.as_bytes()), Ok(note));
             for bit in 0..CARD_BYTES * 8 {
@@ -147,9 +153,9 @@ mod tests {
             }
         }
         assert_eq!(Note::parse(&[0; 31]), Err(FrameFault::BadCard));
-        let endless = Note::Ring(Window { address: u64::MAX, ..WINDOW });
+        let endless = Note::Ring(Window { address: u64::MAX, ..WINDOW }, 0);
         assert_eq!(Note::parse(endless.card().as_bytes()), Err(FrameFault::BadCard));
-        let empty = Note::Ring(Window { len: 0, ..WINDOW });
+        let empty = Note::Ring(Window { len: 0, ..WINDOW }, 0);
         assert_eq!(Note::parse(empty.card().as_bytes()), Err(FrameFault::BadCard));
     }
 

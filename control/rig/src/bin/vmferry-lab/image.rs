@@ -10,12 +10,18 @@ use crate::plan::Plan;
 use crate::tests::TestBinary;
 
 /// Tools that the init and the tests call, and where the lab has them.
-const TOOLS: [(&str, &[&str]); 4] = [
+const TOOLS: [(&str, &[&str]); 6] = [
     ("/sbin/ip", &["/usr/sbin/ip", "/sbin/ip", "/bin/ip"]),
     ("/sbin/tc", &["/usr/sbin/tc", "/sbin/tc"]),
     ("/sbin/rdma", &["/usr/bin/rdma", "/sbin/rdma", "/usr/sbin/rdma"]),
     ("/bin/ibv_devinfo", &["/usr/bin/ibv_devinfo"]),
+    // What counts instructions: the launcher, which Debian wraps in a script, and the tool that it starts.
+    ("/bin/valgrind", &["/usr/bin/valgrind.bin"]),
+    ("/usr/libexec/valgrind/callgrind-amd64-linux", &["/usr/libexec/valgrind/callgrind-amd64-linux"]),
 ];
+/// What the tool maps into the program, and reads.
+const VALGRIND: &str = "/usr/libexec/valgrind";
+const VALGRIND_FILES: [&str; 2] = ["vgpreload_core-amd64-linux.so", "default.supp"];
 /// Verbs providers, which libibverbs loads by itself.
 const PROVIDERS: &str = "/usr/lib/x86_64-linux-gnu/libibverbs";
 const PROVIDER_NAMES: &str = "/etc/libibverbs.d";
@@ -73,6 +79,10 @@ pub(crate) fn build(
         image.file("/lab/cache/lab/vmlinuz", &files.kernel)?;
     }
     add_verbs(&mut image)?;
+    for name in VALGRIND_FILES {
+        let path = format!("{VALGRIND}/{name}");
+        image.file(&path, &first_of(&[&path])?)?;
+    }
     add_programs(&mut image, plan, binaries, folder)?;
     let path = folder.join("lab.cpio");
     std::fs::write(&path, image.finish())
