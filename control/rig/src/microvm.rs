@@ -34,8 +34,7 @@ impl MicroVmGuest {
     /// A guest with `ram_bytes` of memory and one processor.
     pub fn new(ram_bytes: u64, plan: Plan) -> Result<Self, RigError> {
         let words = vec!["--ram".to_owned(), format!("{}KiB", ram_bytes / 1024)];
-        // No disk, so no modules.
-        let files = GuestFiles { modules: Vec::new(), ..GuestFiles::find()? };
+        let files = GuestFiles::find_generic()?;
         Ok(Self { files, directory: Arc::new(RigDirectory::create()?), plan, words, beat_port: true })
     }
 

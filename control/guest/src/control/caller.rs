@@ -53,7 +53,11 @@ impl<A: Answer> Caller<A> {
 
     /// Asks, and takes the answer as it is.
     pub(crate) fn ask(&mut self, request: &impl Serialize) -> Result<A, GuestError> {
-        self.line.send(request).map_err(|error| self.lost("it takes no command", &error))?;
+        self.line.send(request).map_err(|error| match error.kind() {
+            // Nobody has the other end: not a byte of the request was taken.
+            ErrorKind::BrokenPipe => GuestError::Ended(format!("{} has ended", self.who)),
+            _ => self.lost("it takes no command", &error),
+        })?;
         self.reply()
     }
 

@@ -61,6 +61,7 @@ pub(crate) fn build(
     add_folder(&mut image, &files.cache.join("lab/modules"), "/lab/modules")?;
     add_folder(&mut image, &files.cache.join("guest"), "/lab/cache/guest")?;
     add_folder(&mut image, &files.cache.join("guest/modules"), "/lab/cache/guest/modules")?;
+    image.file("/lab/cache/lab/vmlinuz", &files.kernel)?;
     add_verbs(&mut image)?;
     add_programs(&mut image, plan, binaries, folder)?;
     let path = folder.join("lab.cpio");
