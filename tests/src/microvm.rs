@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -141,12 +142,20 @@ impl CountingVm {
 
     /// The memory, as anybody of the same user can open it.
     fn memory(&self) -> File {
+        File::open(self.memory_path()).unwrap_or_else(|e| panic!("its memory cannot be read: {e}"))
+    }
+
+    /// The memory's place, for a second writer.
+    ///
+    /// # Panics
+    /// When it has none.
+    #[must_use]
+    pub fn memory_path(&self) -> PathBuf {
         let folder = format!("/proc/{}/fd", self.pid());
         let found = fs::read_dir(folder).into_iter().flatten().flatten().find(|entry| {
             fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().starts_with("/memfd:"))
         });
-        let found = found.unwrap_or_else(|| panic!("{} has no memory", self.name));
-        File::open(found.path()).unwrap_or_else(|e| panic!("its memory cannot be read: {e}"))
+        found.unwrap_or_else(|| panic!("{} has no memory", self.name)).path()
     }
 }
 

@@ -68,6 +68,16 @@ pub enum TrackingWord {
     Ring,
 }
 
+impl TrackingWord {
+    /// What reports and inspections call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            TrackingWord::Bitmap => "kvm-bitmap",
+            TrackingWord::Ring => "kvm-ring",
+        }
+    }
+}
+
 impl From<TrackingWord> for Tracking {
     fn from(word: TrackingWord) -> Tracking {
         match word {
