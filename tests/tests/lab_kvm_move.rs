@@ -1,6 +1,9 @@
 //! Moves of a micro-VM struck in every phase before Commit: the guest runs on where it was with every page as it must be,
 //! the target waits for the next guest, and the next move succeeds.
 
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
 use nix::sys::signal::Signal;
 use vmferry_guest::kvm::MicroVmPhase;
 use vmferry_tests::command::{Done, Running, SOURCE_PHASES, TARGET_PHASES, hold, receive, send};
@@ -134,4 +137,29 @@ fn a_micro_vm_that_dies_under_its_receiver_leaves_the_guest_where_it_was() {
         source.assert_counts_on();
     }
     move_at_last(&mut source, &CountingVm::incoming(&[]));
+}
+
+/// Where the brake of a micro-VM's processors shows, while it is on.
+fn brake(source: &CountingVm) -> PathBuf {
+    Path::new("/sys/fs/cgroup").join(format!("vmferry-{}", source.pid()))
+}
+
+#[test]
+fn a_guest_that_was_slowed_down_is_not_when_its_sender_is_killed() {
+    let (mut source, target) = pair("bitmap");
+    // Its pages take four seconds, and it writes all of them all the time.
+    let words = [PLAIN[0], "--bandwidth", "512KiB", "--downtime-limit", "3s", "--on-no-converge", "throttle"];
+    let (receiving, address) = receive(&target.spec(), &PLAIN, "");
+    let mut sending = send(&source.spec(), &address, &words, "");
+    println!("lab: {}", sending.wait_line("the guest is slowed down by 40 %"));
+    assert!(brake(&source).is_dir(), "no brake at {}", brake(&source).display());
+    sending.signal(Signal::SIGKILL);
+    drop(sending);
+    let lifted = (0..500).any(|_| {
+        std::thread::sleep(Duration::from_millis(20));
+        !brake(&source).exists()
+    });
+    assert!(lifted, "the brake stays on");
+    end(receiving, "copy");
+    move_at_last(&mut source, &target);
 }

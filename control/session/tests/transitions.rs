@@ -499,9 +499,9 @@ fn age_at_load(told: Option<u64>) -> Duration {
     }
     let complete = TargetEvent::RamComplete { state_bytes: 1, digest: None, complete_us: 0 };
     let (_, actions) = state.step(complete, second(14));
-    let age = actions.into_iter().find_map(|action| {
-        if let TargetAction::LoadState(_, age) = action { Some(age) } else { None }
-    });
+    let age = actions
+        .into_iter()
+        .find_map(|action| if let TargetAction::LoadState(_, age) = action { Some(age) } else { None });
     age.unwrap()
 }
 

@@ -28,7 +28,7 @@ use results::Results;
 /// called a hang.
 const RUN_TIMEOUT: Duration = Duration::from_secs(900);
 /// One test's time, and with it the longest silence of a healthy host.
-const TEST_TIMEOUT: Duration = Duration::from_secs(100);
+const TEST_TIMEOUT: Duration = Duration::from_secs(180);
 /// Between two looks at what the hosts say.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
