@@ -31,6 +31,7 @@ fn a_micro_vm_is_shown_by_its_name_and_by_its_process_and_counts_on() {
     let card = Card::make(7, "mtty-1");
     let vm = CountingVm::run(&["--dirty", "ring", "--vfio", &card.words()]);
     let (seen, table) = inspect(&vm.spec());
+    println!();
     table.lines().for_each(|line| println!("lab: {line}"));
     assert_eq!((&seen["pid"], &seen["status"]), (&vm.pid().into(), &"running".into()), "{seen}");
     assert_eq!(seen["trackers"][0]["name"], "kvm-ring", "{seen}");

@@ -53,7 +53,7 @@ fn a_guests_clock_goes_on_through_a_move_by_the_time_that_passed() {
     let blackout = sent.report["blackout_ms"].as_f64().unwrap_or_default();
     let (least, most) = (after.0.saturating_sub(before.1), after.1.saturating_sub(before.0));
     println!(
-        "lab: {blackout:.0} ms away; the guest's clock came {} to {} ms too late",
+        "\nlab: {blackout:.0} ms away; the guest's clock came {} to {} ms too late",
         least.as_millis(),
         most.as_millis()
     );

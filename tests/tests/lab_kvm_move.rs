@@ -37,7 +37,7 @@ fn move_at_last(source: &mut CountingVm, target: &CountingVm) {
     assert!(there > before, "{there} passes there, {before} here");
     source.wait_end();
     let blackout = &sent.report["blackout_ms"];
-    println!("lab: after all that it moved, {blackout} ms away; {before} passes here, {there} there");
+    println!("\nlab: after all that it moved, {blackout} ms away; {before} passes here, {there} there");
 }
 
 fn assert_completed(sent: &Done, received: &Done) {
@@ -151,7 +151,7 @@ fn a_guest_that_was_slowed_down_is_not_when_its_sender_is_killed() {
     let words = [PLAIN[0], "--bandwidth", "512KiB", "--downtime-limit", "3s", "--on-no-converge", "throttle"];
     let (receiving, address) = receive(&target.spec(), &PLAIN, "");
     let mut sending = send(&source.spec(), &address, &words, "");
-    println!("lab: {}", sending.wait_line("the guest is slowed down by 40 %"));
+    println!("\nlab: {}", sending.wait_line("the guest is slowed down by 40 %"));
     assert!(brake(&source).is_dir(), "no brake at {}", brake(&source).display());
     sending.signal(Signal::SIGKILL);
     drop(sending);
