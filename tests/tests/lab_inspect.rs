@@ -38,6 +38,7 @@ fn a_micro_vm_is_shown_by_its_name_and_by_its_process_and_counts_on() {
     assert_eq!(seen["devices"][0]["name"], "mtty0", "{seen}");
     assert_eq!(seen["devices"][0]["migratable"], true, "{seen}");
     assert_eq!(seen["memory"][0]["bytes"], 8 << 20, "{seen}");
+    assert_eq!(seen["writers"][0]["tracked"], "by its own log, kvm-ring", "{seen}");
 
     // Any process, by its number: what it holds of the host's devices, and who else writes its memory.
     let plan = "seed=9,pages=64,set=64,pattern=random,rate=1MiB,zero=0".parse().unwrap();

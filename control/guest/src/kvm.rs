@@ -64,7 +64,10 @@ pub(crate) fn inspect(name: &str) -> Result<Inspection, GuestError> {
     seen.name = format!("{name}, {}", seen.name);
     seen.status = Some(format!("{:?}", identity.phase).to_lowercase());
     // It tracks itself; the other ways are for other processes that write its memory.
-    seen.trackers.insert(0, Tracker { name: identity.tracking.name(), unavailable: None });
+    let log = identity.tracking.name();
+    seen.trackers.insert(0, Tracker { name: log, unavailable: None });
+    let own = seen.writers.iter_mut().filter(|writer| writer.pid == identity.pid);
+    own.for_each(|writer| writer.tracked = format!("by its own log, {log}"));
     seen.devices = identity.devices.into_iter().map(InspectedDevice::from).collect();
     Ok(seen)
 }
