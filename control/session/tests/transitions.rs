@@ -482,32 +482,3 @@ fn no_sequence_of_events_confuses_the_target() {
         }
     }
 }
-
-/// How old the state is when it is loaded: the lanes came at 10 s, Final at 13 s, the last page at 14 s.
-fn age_at_load(told: Option<u64>) -> Duration {
-    let second = Duration::from_secs;
-    let mut state = TargetState::listen(VacantToken::claim(), terms(), limits());
-    let totals = FinalTotals { state_age_us: told, ..totals() };
-    let path = [
-        (TargetEvent::Message(Message::Offer(Box::new(offer()))), second(9)),
-        (TargetEvent::Prepared, second(10)),
-        (TargetEvent::LanesAccepted, second(11)),
-        (TargetEvent::Message(Message::Final(totals)), second(13)),
-    ];
-    for (event, now) in path {
-        state = state.step(event, now).0;
-    }
-    let complete = TargetEvent::RamComplete { state_bytes: 1, digest: None, complete_us: 0 };
-    let (_, actions) = state.step(complete, second(14));
-    let age = actions
-        .into_iter()
-        .find_map(|action| if let TargetAction::LoadState(_, age) = action { Some(age) } else { None });
-    age.unwrap()
-}
-
-#[test]
-fn the_state_is_as_old_as_both_sides_know_and_no_older_than_the_lanes() {
-    assert_eq!(age_at_load(Some(250_000)), Duration::from_millis(1250));
-    assert_eq!(age_at_load(None), Duration::from_secs(1), "an older source tells nothing");
-    assert_eq!(age_at_load(Some(u64::MAX)), Duration::from_secs(4), "a peer that lies");
-}

@@ -53,10 +53,12 @@ impl<A: Answer> Caller<A> {
 
     /// Asks, and takes the answer as it is.
     pub(crate) fn ask(&mut self, request: &impl Serialize) -> Result<A, GuestError> {
-        self.line.send(request).map_err(|error| match error.kind() {
+        self.line.send(request).map_err(|error| {
             // Nobody has the other end: not a byte of the request was taken.
-            ErrorKind::BrokenPipe => GuestError::Ended(format!("{} has ended", self.who)),
-            _ => self.lost("it takes no command", &error),
+            if error.kind() == ErrorKind::BrokenPipe {
+                return GuestError::Ended(format!("{} has ended", self.who));
+            }
+            self.lost("it takes no command", &error)
         })?;
         self.reply()
     }
