@@ -13,6 +13,18 @@ use serde_json::Value;
 /// A move of a test never takes longer; one that does hangs.
 pub const MOVE_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Every phase of the source before Commit.
+pub const SOURCE_PHASES: [&str; 8] =
+    ["negotiate", "prepare", "copy", "pause", "last-round", "close-lanes", "target-load", "seal"];
+/// Every phase of the target before it runs the guest.
+pub const TARGET_PHASES: [&str; 5] = ["prepare", "receive", "complete", "load", "ready"];
+
+/// What `VMFERRY_HOLD` says to hold `side` (`send` or `receive`) at `phase`.
+#[must_use]
+pub fn hold(side: &str, phase: &str, ms: u32) -> String {
+    format!("{side}:{phase}:{ms}")
+}
+
 /// The `vmferry` program that this workspace built.
 ///
 /// # Panics

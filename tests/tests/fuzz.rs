@@ -59,7 +59,12 @@ fn messages() -> Vec<Message> {
         Message::Offer(Box::new(offer())),
         Message::Answer(agreement),
         Message::Refuse(reason()),
-        Message::Final(FinalTotals { lanes, state_bytes: 1 << 20, digest: Some("00ff".into()) }),
+        Message::Final(FinalTotals {
+            lanes,
+            state_bytes: 1 << 20,
+            digest: Some("00ff".into()),
+            state_age_us: Some(20_000),
+        }),
         Message::Ready(times),
         Message::Commit,
         Message::Running(times),

@@ -1,5 +1,5 @@
-//! A Linux guest in the micro-VM moves between two lab hosts while it works, and back, by the programs that an operator
-//! runs: there with KVM's dirty bitmap, back with its rings.
+//! A Linux guest with two processors moves between two lab hosts while both work, and back, by the programs that an
+//! operator runs: there with KVM's dirty bitmap, back with its rings.
 
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use vmferry_rig::{MicroVmGuest, RunningMicroVm};
 use vmferry_tests::command::{Running, send};
 use vmferry_workload::Plan;
 
-const RAM_BYTES: u64 = 96 << 20;
+/// Debian's generic kernel wants it.
+const RAM_BYTES: u64 = 160 << 20;
 const PAGES: u64 = 1024;
 const PLAINTEXT: &str = "--insecure-plaintext";
 
@@ -18,13 +19,14 @@ fn recipe(dirty: &str) -> MicroVmGuest {
     let plan = format!("pages={PAGES},set=256,pattern=zipf-hot,rate=200,zero=100");
     let plan: Plan = plan.parse().expect("a plan");
     let guest = MicroVmGuest::new(RAM_BYTES, plan).expect("the lab has a guest kernel");
-    guest.words(&["--dirty", dirty]).without_beat_port()
+    guest.words(&["--dirty", dirty, "--cpus", "2"]).without_beat_port()
 }
 
 /// Sends the guest to the other host; what it had written before is told there.
 fn leave(place: &Place, guest: &mut RunningMicroVm, dirty: &str) {
     let before = guest.console().status().expect("the guest answers");
     assert!(before.writing && before.writes > 0, "{before:?}");
+    assert_both_work(guest);
     let address = place.meet("receiving", "").expect("the target host");
     let words = [PLAINTEXT, "--downtime-limit", "5s", "--verify"];
     let done = send(&guest.spec(), &address, &words, "").done();
@@ -41,6 +43,26 @@ fn ends_soon(guest: &mut RunningMicroVm) -> bool {
         std::thread::sleep(Duration::from_millis(20));
         !guest.is_alive()
     })
+}
+
+/// Both processors take their turns, each is woken by its own timer and by the other, and no page of theirs is wrong.
+fn assert_both_work(guest: &mut RunningMicroVm) {
+    let first = guest.console().cpus().expect("the guest answers");
+    assert_eq!((first.online.as_str(), first.wrong), ("0-1", 0), "{first:?}");
+    let grown = |before: &[u64], now: &[u64]| {
+        now.len() == 2 && before.iter().zip(now).all(|(before, now)| now > &(before + 3))
+    };
+    let mut now = first.clone();
+    for _ in 0..200 {
+        std::thread::sleep(Duration::from_millis(50));
+        now = guest.console().cpus().expect("the guest answers");
+        let all = [(&first.turns, &now.turns), (&first.timer, &now.timer), (&first.between, &now.between)];
+        if now.wrong == 0 && all.iter().all(|(before, now)| grown(before, now)) {
+            println!("lab: both processors work: {now:?}");
+            return;
+        }
+    }
+    panic!("a processor stands still: {first:?}, and later {now:?}");
 }
 
 /// Takes the guest in, and lets it prove itself.
@@ -67,13 +89,14 @@ fn arrive(place: &Place, name: &str, dirty: &str) -> RunningMicroVm {
     });
     let goes_on = on.into_iter().find(|now| now.writes > first.writes && now.beats > first.beats);
     assert!(goes_on.is_some_and(|now| now.uptime_ms > first.uptime_ms), "it stands still since {first:?}");
+    assert_both_work(&mut guest);
     let before = place.meet("moved", "verified").expect("the source host").parse::<u64>().expect("a number");
     assert!(first.writes >= before, "{} writes here, {before} before the move", first.writes);
     guest
 }
 
 #[test]
-fn a_linux_guest_moves_there_by_its_bitmap_and_back_by_its_rings() {
+fn a_linux_guest_with_two_processors_moves_there_by_its_bitmap_and_back_by_its_rings() {
     let place = Place::find().expect("the lab");
     match place.host {
         Host::A => {

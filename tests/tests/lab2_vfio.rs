@@ -15,6 +15,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use vmferry_guest::kvm::{MicroVmControl, MicroVmPhase};
 use vmferry_rig::lab::{Host, Place};
+use vmferry_tests::card::Card;
 use vmferry_tests::command::{Done, Running, program, send};
 
 const PLAIN: [&str; 1] = ["--insecure-plaintext"];
@@ -92,28 +93,6 @@ impl Code {
     /// What it tells when nothing was lost.
     fn answer() -> Vec<u8> {
         [&DIVISOR.to_le_bytes()[..], &[LINE | LATCH], WORD, b"E"].concat()
-    }
-}
-
-/// One card of this host's mtty, gone with this.
-struct Card(String);
-
-impl Card {
-    /// `kind` is `mtty-1` or `mtty-2`: a card of one or two ports.
-    fn make(number: u8, kind: &str) -> Card {
-        let uuid = format!("83b8f4f2-509f-382f-3c1e-e6bfe0fa10{number:02}");
-        fs::write(format!("/sys/class/mdev_bus/mtty/mdev_supported_types/{kind}/create"), &uuid).unwrap();
-        Card(uuid)
-    }
-
-    fn words(&self) -> String {
-        format!("mtty0=/sys/bus/mdev/devices/{}", self.0)
-    }
-}
-
-impl Drop for Card {
-    fn drop(&mut self) {
-        let _ = fs::write(format!("/sys/bus/mdev/devices/{}/remove", self.0), "1");
     }
 }
 

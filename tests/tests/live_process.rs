@@ -6,7 +6,7 @@
 
 use nix::sys::signal::Signal;
 use vmferry_guest::process::Phase;
-use vmferry_tests::command::{Done, Pki, Running, receive, send};
+use vmferry_tests::command::{Done, Pki, Running, SOURCE_PHASES, TARGET_PHASES, hold, receive, send};
 use vmferry_tests::proxy::Proxy;
 use vmferry_tests::workload::Workload;
 
@@ -142,16 +142,6 @@ fn nobody_there_is_one_sentence() {
     assert_runs_on(&source);
 }
 
-/// Every phase of the source before Commit.
-const SOURCE_PHASES: &[&str] =
-    &["negotiate", "prepare", "copy", "pause", "last-round", "close-lanes", "target-load", "seal"];
-/// Every phase of the target before it runs the guest.
-const TARGET_PHASES: &[&str] = &["prepare", "receive", "complete", "load", "ready"];
-
-fn hold(side: &str, phase: &str, ms: u32) -> String {
-    format!("{side}:{phase}:{ms}")
-}
-
 #[test]
 fn ctrl_c_in_every_phase_before_commit_leaves_the_source_running() {
     let pki = Pki::new("127.0.0.1");
@@ -163,7 +153,7 @@ fn ctrl_c_in_every_phase_before_commit_leaves_the_source_running() {
         sending.wait_line("holding at");
         sending.signal(Signal::SIGINT);
         let (sent, received) = (sending.done(), receiving.done());
-        if *phase == "seal" && sent.code() == 0 {
+        if phase == "seal" && sent.code() == 0 {
             // The seal was recorded before the signal was heard: from there on there is no way back, and none is promised.
             assert_moved(&sent, &received);
             target.assert_memory_is_right();
@@ -205,7 +195,7 @@ fn a_killed_receiver_leaves_the_source_running_in_every_phase() {
         receiving.wait_line("holding at");
         receiving.signal(Signal::SIGKILL);
         let sent = sending.done();
-        if *phase == "ready" {
+        if phase == "ready" {
             // Killed between Ready and the answer to Commit: the source cannot know, and says so.
             assert!(sent.code() == 3 || sent.code() == 69, "{phase}: {}", sent.stderr);
             return;
@@ -227,7 +217,7 @@ fn a_cut_link_leaves_the_source_running_in_every_phase() {
         sending.wait_line("holding at");
         proxy.cut();
         let sent = sending.done();
-        if *phase == "seal" && sent.code() == 3 {
+        if phase == "seal" && sent.code() == 3 {
             return;
         }
         assert_eq!(sent.code(), 69, "{phase}: {}", sent.stderr);

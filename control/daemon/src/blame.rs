@@ -29,6 +29,7 @@ pub fn guest_error(error: &GuestError) -> SessionError {
         GuestError::UserMistake(_)
         | GuestError::HostRefused { .. }
         | GuestError::GuestMisbehaved(_)
+        | GuestError::Ended(_)
         | GuestError::Relay(_) => SessionError::HostRefused(error.to_string()),
     }
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vmferry_datapath::{GuestRam, LaneTotals, Meter, Receiver};
-use vmferry_guest::{DeviceFacts, TargetGuest, open_target_with};
+use vmferry_guest::{DeviceFacts, GuestError, TargetGuest, open_target_with};
 use vmferry_session::{
     Agreement, FinalTotals, Limits, Message, RunFailure, RunLicence, SessionError, TargetAction, TargetEvent,
     TargetOutcome, TargetSession, TargetWork, VacantToken,
@@ -221,7 +221,7 @@ impl<'a> Reception<'a> {
                     .unwrap_or_else(|e| TargetEvent::WorkFailed(TargetWork::AwaitLanes, e));
                 self.pilot.feed(event);
             }
-            TargetAction::LoadState(token) => self.load_state(token),
+            TargetAction::LoadState(token, age) => self.load_state(token, age),
             TargetAction::Run(licence) => self.run_guest(licence),
             TargetAction::Interrupt => {}
             TargetAction::Discard => {
@@ -347,10 +347,10 @@ impl<'a> Reception<'a> {
             .map_err(|e| SessionError::HostRefused(e.to_string()))
     }
 
-    fn load_state(&mut self, token: VacantToken) {
+    fn load_state(&mut self, token: VacantToken, age: Duration) {
         let began = clock();
         let loaded = match self.state.as_mut() {
-            Some((spool, _)) => self.guest.load_state(spool).map_err(|e| blame::guest_error(&e)),
+            Some((spool, _)) => self.guest.load_state(spool, age).map_err(|e| blame::guest_error(&e)),
             None => Err(SessionError::Bug("no state to load".into())),
         };
         let event = match loaded {
@@ -380,6 +380,9 @@ impl<'a> Reception<'a> {
         licence.spend();
         let event = match ran {
             Ok(()) => TargetEvent::Ran { run_us: micros(began.elapsed()) },
+            Err(error @ GuestError::Ended(_)) => {
+                TargetEvent::RunFailed(RunFailure::DidNotRun(blame::guest_error(&error)))
+            }
             // Whether the VMM took the order before it failed is not known here.
             Err(error) => TargetEvent::RunFailed(RunFailure::Unsure(blame::guest_error(&error))),
         };

@@ -25,7 +25,8 @@ use vmferry_guest::failover::CancelFlag;
 use vmferry_guest::{DeviceFacts, open_source_with};
 use vmferry_session::{
     Agreement, AttemptId, CompressionMode, FinalTotals, LaneTally, Message, PausedToken, RunningToken,
-    SealedToken, SessionError, SourceAction, SourceEvent, SourceOutcome, SourceSession, Work,
+    SealedToken, SessionError, SourceAction, SourceEvent, SourceOutcome, SourceSession,
+    VERSION_WITH_STATE_AGE, Work,
 };
 
 use crate::blame;
@@ -42,7 +43,7 @@ use crate::lanes::{self, PinFrom};
 use crate::pilot::Pilot;
 use crate::report::MoveReport;
 use auto_compress::AutoCompress;
-use hands::{SourceHands, Stopped};
+use hands::{Saved, SourceHands, Stopped};
 use history::HistoryFile;
 use narrator::{Narrator, device_lines};
 use terms::{failover, new_attempt, offer, plan};
@@ -89,7 +90,7 @@ struct Move<'a> {
     narrator: Narrator,
     auto_compress: Option<AutoCompress>,
     agreement: Option<Agreement>,
-    state_bytes: u64,
+    saved: Option<Saved>,
     hold: Hold,
     cancel: CancelFlag,
     outcome: Option<SourceOutcome>,
@@ -137,7 +138,7 @@ impl<'a> Move<'a> {
             narrator: Narrator::new(ram_bytes),
             auto_compress: None,
             agreement: None,
-            state_bytes: 0,
+            saved: None,
             hold: Hold::of("send"),
             cancel,
             outcome: None,
@@ -329,9 +330,9 @@ impl<'a> Move<'a> {
             Err(stopped) => self.failed(Work::SendLast, stopped),
         }
         match saved {
-            Ok(((len, took), (devices, longer))) => {
-                self.state_bytes = len.0;
-                self.pilot.feed(Input::Saved(took, devices, longer));
+            Ok((saved, (devices, longer))) => {
+                self.saved = Some(saved);
+                self.pilot.feed(Input::Saved(saved.took, devices, longer));
             }
             Err(stopped) => self.failed(Work::SaveState, stopped),
         }
@@ -344,7 +345,18 @@ impl<'a> Move<'a> {
         let digest = if self.args.verify { Some(self.hands.digest()?) } else { None };
         let lanes =
             totals.iter().map(|t| LaneTally { lane: t.lane, records: t.records, bytes: t.bytes }).collect();
-        Ok(FinalTotals { lanes, state_bytes: self.state_bytes, digest })
+        Ok(FinalTotals { lanes, state_bytes: self.state_bytes(), digest, state_age_us: self.state_age_us() })
+    }
+
+    fn state_bytes(&self) -> u64 {
+        self.saved.map_or(0, |saved| saved.bytes.0)
+    }
+
+    /// Told to a target that understands it.
+    fn state_age_us(&self) -> Option<u64> {
+        let told = self.agreement.is_some_and(|agreed| agreed.version >= VERSION_WITH_STATE_AGE);
+        let saved = self.saved.filter(|_| told)?;
+        Some(u64::try_from(saved.at.elapsed().as_micros()).unwrap_or(u64::MAX))
     }
 
     fn record_seal(&mut self) {
@@ -400,7 +412,7 @@ impl<'a> Move<'a> {
         let session = self.pilot.machine();
         report.total_ms = self.pilot.now().as_secs_f64() * 1e3;
         report.blackout_ms = session.blackout().map(|b| b.as_secs_f64() * 1e3);
-        report.device_state_bytes = self.state_bytes;
+        report.device_state_bytes = self.state_bytes();
         report.cipher = self.agreement.map_or_else(String::new, |agreed| cipher(agreed.cipher).to_string());
         report.ram.total_bytes = self.hands.ram().layout().total_bytes().0;
         report.tracker = self.hands.tracker_name().map(str::to_owned);

@@ -39,6 +39,9 @@ pub enum GuestError {
     /// The VMM did what no healthy VMM does, or went away.
     #[error("{0}")]
     GuestMisbehaved(String),
+    /// The VMM had ended before it was told what to do: surely none of it happened.
+    #[error("{0}")]
+    Ended(String),
     /// The guest did not do in time what it was asked for; it runs on as it was.
     #[error("{0}")]
     Unresponsive(String),
@@ -60,7 +63,9 @@ impl GuestError {
         match self {
             GuestError::UserMistake(_) | GuestError::Cancelled => Blame::User,
             GuestError::HostRefused { .. } | GuestError::Relay(_) => Blame::Host,
-            GuestError::GuestMisbehaved(_) | GuestError::Unresponsive(_) => Blame::Guest,
+            GuestError::GuestMisbehaved(_) | GuestError::Ended(_) | GuestError::Unresponsive(_) => {
+                Blame::Guest
+            }
             GuestError::Bug(_) => Blame::Bug,
         }
     }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vmferry_datapath::{ByteLen, DirtyLog, GuestRam, PageSet, RamLayout};
@@ -83,9 +84,11 @@ pub trait TargetGuest: Send {
     /// Makes the VMM ready to receive. What its RAM holds by then (firmware that a reset put there, preallocated pages)
     /// may stay: the receiver overwrites or zeroes every page that is there, and keeps the preallocation that way.
     fn prepare(&mut self) -> Result<(), GuestError>;
-    /// Feeds the VMM its own state, stream 0. Returns when it holds all of it and the guest is paused.
-    fn load_state(&mut self, from: &mut dyn Read) -> Result<ByteLen, GuestError>;
-    /// After Commit only: the guest runs here. One that was paused by its owner on the source stays paused.
+    /// Feeds the VMM its own state, stream 0, which was saved at least `age` ago: a VMM that has no better clock to go by
+    /// lets the guest's clocks go on from there. Returns when it holds all of it and the guest is paused.
+    fn load_state(&mut self, from: &mut dyn Read, age: Duration) -> Result<ByteLen, GuestError>;
+    /// After Commit only: the guest runs here. One that was paused by its owner on the source stays paused. After
+    /// [`GuestError::Ended`] it surely never ran here; after any other error nobody knows.
     fn run(&mut self) -> Result<(), GuestError>;
     /// After the source was told that the guest runs: gives the VMM's settings back. Any number of times.
     fn settle(&mut self) -> Result<(), GuestError>;

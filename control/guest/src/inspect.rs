@@ -132,11 +132,24 @@ impl From<DeviceFacts> for InspectedDevice {
 /// Looks.
 pub fn inspect(spec: &InspectSpec) -> Result<Inspection, GuestError> {
     match spec {
-        InspectSpec::Pid(pid) => by_process(*pid),
+        InspectSpec::Pid(pid) => by_number(*pid),
         InspectSpec::Guest(GuestSpec::Qemu { qmp }) => qemu::inspect(qmp),
         InspectSpec::Guest(GuestSpec::Kvm { name }) => kvm::inspect(name),
         InspectSpec::Guest(GuestSpec::Process { name }) => process::inspect(name),
     }
+}
+
+/// A process of which only the number is known.
+fn by_number(pid: i32) -> Result<Inspection, GuestError> {
+    let mut seen = by_process(pid)?;
+    if seen.host_devices.iter().any(HostDevice::is_passed_through) {
+        seen.notes.push(
+            "devices are passed through: whether they can migrate is the VMM's to tell; inspect it by its own name \
+             (qemu:, kvm:) too"
+                .into(),
+        );
+    }
+    Ok(seen)
 }
 
 /// All that `/proc` says about a process that runs a guest.
@@ -161,13 +174,6 @@ pub(crate) fn by_process(pid: i32) -> Result<Inspection, GuestError> {
             seen.name,
             memory::FILE_BYTES_MIN >> 20
         ));
-    }
-    if seen.host_devices.iter().any(HostDevice::is_passed_through) {
-        seen.notes.push(
-            "devices are passed through: whether they can migrate is the VMM's to tell; inspect it by its own name \
-             (qemu:, kvm:) too"
-                .into(),
-        );
     }
     Ok(seen)
 }

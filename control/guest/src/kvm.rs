@@ -32,7 +32,7 @@ pub use client::MicroVmControl;
 pub use server::run;
 pub use wire::{MicroVmPhase, MicroVmStatus};
 
-use crate::inspect::{Inspection, by_process};
+use crate::inspect::{InspectedDevice, Inspection, Tracker, by_process};
 use crate::throttle::Throttle;
 use crate::{GuestError, SourceGuest, TargetGuest, control};
 
@@ -63,6 +63,12 @@ pub(crate) fn inspect(name: &str) -> Result<Inspection, GuestError> {
     let mut seen = by_process(identity.pid)?;
     seen.name = format!("{name}, {}", seen.name);
     seen.status = Some(format!("{:?}", identity.phase).to_lowercase());
+    // It tracks itself; the other ways are for other processes that write its memory.
+    let log = identity.tracking.name();
+    seen.trackers.insert(0, Tracker { name: log, unavailable: None });
+    let own = seen.writers.iter_mut().filter(|writer| writer.pid == identity.pid);
+    own.for_each(|writer| writer.tracked = format!("by its own log, {log}"));
+    seen.devices = identity.devices.into_iter().map(InspectedDevice::from).collect();
     Ok(seen)
 }
 

@@ -103,7 +103,7 @@ fn a_writing_workload_arrives_whole() {
     assert_eq!(from.new_writers().unwrap(), Vec::<String>::new());
     let mut state = Vec::new();
     from.save_state(&mut state).unwrap();
-    to.load_state(&mut Cursor::new(&state)).unwrap();
+    to.load_state(&mut Cursor::new(&state), Duration::ZERO).unwrap();
     assert_eq!(target.control().status().unwrap().phase, Phase::Loaded);
     let writes = source.control().status().unwrap().writes;
     to.run().unwrap();

@@ -89,7 +89,7 @@ fn hand_over(source: &mut dyn SourceGuest, target: &mut dyn TargetGuest) -> Blac
     timed.step(&format!("look after saving ({} pages)", by_saving.count().0));
     assert_eq!(source.new_writers().unwrap(), Vec::<String>::new());
     timed.step("new writers");
-    target.load_state(&mut state.as_slice()).unwrap();
+    target.load_state(&mut state.as_slice(), Duration::ZERO).unwrap();
     timed.step("load");
     target.run().unwrap();
     timed.step("run");

@@ -252,7 +252,7 @@ fn a_target_with_other_devices_is_seen_before_and_refuses_the_state() {
     let mut state = Vec::new();
     source.save_state(&mut state).unwrap();
     // A state that is cut short, then one byte of it wrong: both end on the target, never in a running guest.
-    let error = target.load_state(&mut &state[..state.len() / 2]).unwrap_err();
+    let error = target.load_state(&mut &state[..state.len() / 2], Duration::ZERO).unwrap_err();
     assert_eq!(error.blame(), Blame::Guest, "{error}");
     assert_says(&error.to_string(), &["failed to load the device state"]);
     target.discard();
@@ -280,7 +280,7 @@ fn a_guest_that_its_owner_paused_stays_paused_on_the_target() {
     copy_all(&source.ram(), &target.ram());
     let mut state = Vec::new();
     source.save_state(&mut state).unwrap();
-    target.load_state(&mut state.as_slice()).unwrap();
+    target.load_state(&mut state.as_slice(), Duration::ZERO).unwrap();
     target.run().unwrap();
     drop(log);
     source.retire().unwrap();

@@ -47,6 +47,21 @@ impl NetStatus {
     }
 }
 
+/// What the guest's processors do, each by its number.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestCpus {
+    /// Those that the kernel runs on, as it writes them: `0-1`.
+    pub online: String,
+    /// Turns of the relay that goes round them.
+    pub turns: Vec<u64>,
+    /// Pages of the relay that did not hold what the last turn left there.
+    pub wrong: u64,
+    /// Interrupts of their own timers.
+    pub timer: Vec<u64>,
+    /// Interrupts that they had from each other.
+    pub between: Vec<u64>,
+}
+
 /// The longest time between two heart beats by the guest's own clock, since it was last asked.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestGap {

@@ -84,6 +84,21 @@ impl GuestFiles {
     }
 }
 
+impl GuestFiles {
+    /// With the lab's generic kernel and no modules. It finds its processors by the table that the micro-VM writes for it;
+    /// the test kernel of `scripts/setup` reads ACPI's only.
+    pub fn find_generic() -> Result<Self, RigError> {
+        let kernel = cache_folder().join("lab/vmlinuz");
+        if !kernel.is_file() {
+            return Err(RigError::Missing(format!(
+                "{} is missing: run 'scripts/lab setup', or set VMFERRY_CACHE to where it ran",
+                kernel.display()
+            )));
+        }
+        Ok(Self { kernel, modules: Vec::new(), init: find_init()? })
+    }
+}
+
 fn in_path(name: &OsStr) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())

@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use vmferry_workload::Report;
 
 use crate::RigError;
-use crate::answer::{ANSWER_PREFIX, GuestGap, GuestStatus, NetStatus};
+use crate::answer::{ANSWER_PREFIX, GuestCpus, GuestGap, GuestStatus, NetStatus};
 
 /// Lines of the kernel that are kept to explain a failure.
 const KERNEL_LINES_KEPT_MAX: usize = 64;
@@ -73,6 +73,11 @@ impl Console {
     /// What the guest sent over its network, and what came back.
     pub fn net(&mut self) -> Result<NetStatus, RigError> {
         self.ask_json("net")
+    }
+
+    /// What each of its processors has done.
+    pub fn cpus(&mut self) -> Result<GuestCpus, RigError> {
+        self.ask_json("cpus")
     }
 
     /// Verifies every page of the workload now.

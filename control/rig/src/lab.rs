@@ -15,7 +15,7 @@ use crate::RigError;
 use crate::heartbeat::now;
 
 /// A half that waits longer for the other fails.
-pub const MEET_TIMEOUT: Duration = Duration::from_secs(60);
+pub const MEET_TIMEOUT: Duration = Duration::from_secs(110);
 /// Where host a waits for host b.
 const MEET_PORT: u16 = 7999;
 /// Between two knocks of host b.

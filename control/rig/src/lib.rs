@@ -26,7 +26,7 @@ mod qmp;
 mod second_writer;
 mod wire;
 
-pub use answer::{ANSWER_PREFIX, GuestGap, GuestStatus, NetStatus};
+pub use answer::{ANSWER_PREFIX, GuestCpus, GuestGap, GuestStatus, NetStatus};
 pub use assets::{Assets, GuestFiles, cache_folder};
 pub use commanded_writer::CommandedWriter;
 pub use console::Console;

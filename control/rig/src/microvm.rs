@@ -14,11 +14,13 @@ use crate::heartbeat::HeartBeat;
 use crate::initramfs;
 use crate::qemu::{RigDirectory, Vmm, accept, listener};
 
-/// Few lines and few probes: every access to a device costs a nested machine a quarter of a millisecond.
-const KERNEL_WORDS: &str = "quiet loglevel=1 nokaslr mitigations=off audit=0 8250.nr_uarts=1 random.trust_cpu=on rcupdate.rcu_expedited=1";
+/// Few lines and few probes: every access to a device costs a nested machine a quarter of a millisecond. The other
+/// processors are brought up by the init.
+const KERNEL_WORDS: &str = "quiet loglevel=1 nokaslr mitigations=off audit=0 8250.nr_uarts=1 random.trust_cpu=on rcupdate.rcu_expedited=1 \
+    init_on_alloc=0 maxcpus=1";
 /// A nested and emulated guest cannot beat each millisecond and work as well.
 const BEAT_MS: u32 = 10;
-const BOOT_TIMEOUT: Duration = Duration::from_secs(80);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(100);
 
 /// A recipe for a guest. Started twice, it gives a source and a target that fit each other.
 #[derive(Debug, Clone)]
@@ -34,8 +36,7 @@ impl MicroVmGuest {
     /// A guest with `ram_bytes` of memory and one processor.
     pub fn new(ram_bytes: u64, plan: Plan) -> Result<Self, RigError> {
         let words = vec!["--ram".to_owned(), format!("{}KiB", ram_bytes / 1024)];
-        // No disk, so no modules.
-        let files = GuestFiles { modules: Vec::new(), ..GuestFiles::find()? };
+        let files = GuestFiles::find_generic()?;
         Ok(Self { files, directory: Arc::new(RigDirectory::create()?), plan, words, beat_port: true })
     }
 

@@ -78,7 +78,7 @@ pub use message::{
 };
 pub use negotiate::{
     Agreement, CipherSuite, CompressionMode, LANES_MAX, NOTE_PREFIX, TargetTerms, VERSION,
-    VERSION_WITH_DEVICES, VERSIONS, check_answer, negotiate, versions_for,
+    VERSION_WITH_DEVICES, VERSION_WITH_STATE_AGE, VERSIONS, check_answer, negotiate, versions_for,
 };
 pub use phases::{PhaseLog, PhaseSpan};
 pub use predict::{

@@ -20,6 +20,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vmferry_datapath::RamLayout;
@@ -152,6 +153,10 @@ pub struct FinalTotals {
     pub state_bytes: u64,
     /// With `--verify`: the digest of all memory, as text that the datapath made.
     pub digest: Option<String>,
+    /// How long ago the VMM's state was saved, microseconds by the source's own clock when this left; absent before
+    /// version 3. The guest's clocks were read then, and have to have gone on since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_age_us: Option<u64>,
 }
 
 /// What the target measured of the blackout, for the source's report and for its next prediction.
@@ -281,6 +286,11 @@ impl Offer {
 }
 
 impl FinalTotals {
+    /// How old the VMM's state was when this left.
+    pub(crate) fn state_age(&self) -> Duration {
+        Duration::from_micros(self.state_age_us.unwrap_or(0))
+    }
+
     fn check_caps(&self) -> Result<(), TooLong> {
         if self.lanes.len() > usize::from(crate::negotiate::LANES_MAX) {
             return Err(TooLong("the list of lanes"));

@@ -13,11 +13,13 @@ use crate::message::{AttemptId, GuestFacts, Offer};
 use crate::transport::{self, LaneTransport};
 
 /// The newest protocol version of this build.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// All versions that this build speaks.
-pub const VERSIONS: [u16; 2] = [1, VERSION];
+pub const VERSIONS: [u16; 3] = [1, VERSION_WITH_DEVICES, VERSION];
 /// The oldest version in which devices have state streams of their own; else 2 is as 1 was.
 pub const VERSION_WITH_DEVICES: u16 = 2;
+/// The oldest version in which the source tells how old the state is; else 3 is as 2 was.
+pub const VERSION_WITH_STATE_AGE: u16 = 3;
 /// The most lanes of a move; a source that offers more gets this many.
 pub const LANES_MAX: u16 = 64;
 /// Facts whose key begins so are for people and are not compared.

@@ -44,8 +44,9 @@ pub enum TargetAction {
     /// [`TargetEvent::RamComplete`].
     AwaitLanes(FinalTotals),
     /// Load the spooled state, and wait until every device has loaded its own; a VMM reads guest memory while it loads,
-    /// so never before `RamComplete`. Turn the token when it is done. Answer: [`TargetEvent::StateLoaded`].
-    LoadState(VacantToken),
+    /// so never before `RamComplete`. The state is at least this old: the guest's clocks go on from there. Turn the token
+    /// when it is done. Answer: [`TargetEvent::StateLoaded`].
+    LoadState(VacantToken, Duration),
     /// Let the guest run. Answer: [`TargetEvent::Ran`] or [`TargetEvent::RunFailed`].
     Run(RunLicence),
     /// Make everything in flight return soon; each is still answered.

@@ -165,7 +165,7 @@ fn without_devices_an_old_peer_is_as_good_as_a_new_one_on_either_side() {
 #[test]
 fn with_devices_an_old_peer_is_refused_in_a_sentence_that_says_what_to_do() {
     let devices = guest(&["eth1"]);
-    assert_eq!(versions_for(&devices), [VERSION_WITH_DEVICES]);
+    assert_eq!(versions_for(&devices), VERSIONS[1..]);
     let to_old = negotiate(&offer(devices.clone(), versions_for(&devices)), &terms(old_guest(), vec![1]));
     let why = to_old.unwrap_err();
     assert!(why.sentence().contains("install the same vmferry on both hosts"), "{why}");

@@ -1,6 +1,7 @@
 //! The bytes of each protocol version, as shipped: what this build writes, and what it must read for ever.
 //!
-//! Version 2 adds what a guest with devices needs, and nothing else: everything without them is as in version 1.
+//! Version 2 adds what a guest with devices needs, and nothing else: everything without them is as in version 1. Version 3
+//! adds the age of the state.
 //!
 //! A new version adds a file; `UPDATE_GOLDEN=1` writes the file of the newest one, never an older one.
 
@@ -47,6 +48,7 @@ fn messages() -> Vec<Message> {
         ],
         state_bytes: 300_000,
         digest: Some("00ff".into()),
+        state_age_us: None,
     };
     let times = TargetTimes { complete_us: 1, load_us: 2, run_us: 3, devices: DeviceTimes::default() };
     let reason = || AbortReason::new(AbortKind::HostRefused, "the host refused");
@@ -80,7 +82,7 @@ fn messages_with_devices() -> Vec<Message> {
     let Some(Message::Offer(mut offer)) = messages().into_iter().next() else { panic!("no offer") };
     let device = |name: &str| DeviceIdentity { name: name.into(), model: "mtty-2".into() };
     offer.guest.facts.extend(device_facts(&[device("eth1"), device("eth0")]));
-    offer.versions = versions_for(&offer.guest);
+    offer.versions = vec![VERSION_WITH_DEVICES];
     let times = TargetTimes { complete_us: 1, load_us: 2, run_us: 3, devices: DeviceTimes::new(4, &[5, 6]) };
     vec![Message::Offer(offer), Message::Ready(times), Message::Running(times)]
 }
@@ -90,14 +92,28 @@ fn version_1_is_written_and_read_as_shipped() {
     as_shipped("v1.txt", &messages());
 }
 
+/// What version 3 adds: how old the state is.
+fn messages_with_state_age() -> Vec<Message> {
+    let Some(Message::Offer(mut offer)) = messages().into_iter().next() else { panic!("no offer") };
+    offer.versions = versions_for(&offer.guest);
+    let totals =
+        FinalTotals { lanes: vec![], state_bytes: 300_000, digest: None, state_age_us: Some(12_345) };
+    vec![Message::Offer(offer), Message::Final(totals)]
+}
+
 #[test]
 fn version_2_is_written_and_read_as_shipped() {
+    as_shipped("v2.txt", &messages_with_devices());
+}
+
+#[test]
+fn version_3_is_written_and_read_as_shipped() {
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
         let written: String =
-            messages_with_devices().iter().map(|message| as_line(&encode(message).unwrap())).collect();
-        std::fs::write(golden("v2.txt"), written).unwrap();
+            messages_with_state_age().iter().map(|message| as_line(&encode(message).unwrap())).collect();
+        std::fs::write(golden("v3.txt"), written).unwrap();
     }
-    as_shipped("v2.txt", &messages_with_devices());
+    as_shipped("v3.txt", &messages_with_state_age());
 }
 
 fn golden(name: &str) -> PathBuf {

@@ -59,7 +59,7 @@ fn agreement() -> Agreement {
 }
 
 fn totals() -> FinalTotals {
-    FinalTotals { lanes: vec![], state_bytes: 1, digest: None }
+    FinalTotals { lanes: vec![], state_bytes: 1, digest: None, state_age_us: None }
 }
 
 fn reason() -> AbortReason {

@@ -155,7 +155,7 @@ impl System {
             }
             Last::End => {
                 self.lanes.end |= carried;
-                let totals = FinalTotals { lanes: vec![], state_bytes: 1, digest: None };
+                let totals = FinalTotals { lanes: vec![], state_bytes: 1, digest: None, state_age_us: None };
                 answer(fails, Work::FinishLanes, SourceEvent::LanesFinished(totals))
             }
         }

@@ -44,7 +44,7 @@ impl System {
             TargetAction::Prepare(_) => self.target_jobs.push(TargetJob::Other(TargetWork::Prepare)),
             TargetAction::AcceptLanes(_) => self.target_jobs.push(TargetJob::Other(TargetWork::AcceptLanes)),
             TargetAction::AwaitLanes(_) => self.target_jobs.push(TargetJob::AwaitLanes),
-            TargetAction::LoadState(token) => self.target_jobs.push(TargetJob::Load(token)),
+            TargetAction::LoadState(token, _) => self.target_jobs.push(TargetJob::Load(token)),
             TargetAction::Run(licence) => self.target_jobs.push(TargetJob::Run(licence)),
             TargetAction::Discard => self.target_jobs.push(TargetJob::Discard),
             TargetAction::Interrupt => {}

@@ -152,7 +152,7 @@ impl TargetHost {
             TargetAction::Prepare(_) => Self::begin_job(Doing::Prepare, 5_000, common),
             TargetAction::AcceptLanes(_) => Self::begin_job(Doing::AcceptLanes, 1_000, common),
             TargetAction::AwaitLanes(totals) => Self::begin_job(Doing::AwaitLanes(totals), 1_000, common),
-            TargetAction::LoadState(token) => Self::begin_job(Doing::Load(token), 8_000, common),
+            TargetAction::LoadState(token, _) => Self::begin_job(Doing::Load(token), 8_000, common),
             TargetAction::Run(licence) => {
                 self.told = Some(Told::Run);
                 Self::begin_job(Doing::Run(licence), 5_000, common);

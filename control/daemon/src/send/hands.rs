@@ -48,6 +48,15 @@ impl From<GuestError> for Stopped {
     }
 }
 
+/// What saving the VMM's state came to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Saved {
+    pub(super) bytes: ByteLen,
+    pub(super) took: Duration,
+    /// When it was complete: the guest's clocks were read a moment before.
+    pub(super) at: Instant,
+}
+
 /// Everything that the source side holds of a guest while it moves.
 pub(super) struct SourceHands {
     pub(super) guest: Box<dyn SourceGuest>,
@@ -225,7 +234,7 @@ impl SourceHands {
         &mut self,
         now: Duration,
         go_on: &mut dyn FnMut() -> bool,
-    ) -> (Result<LastReport, Stopped>, Result<(ByteLen, Duration), Stopped>) {
+    ) -> (Result<LastReport, Stopped>, Result<Saved, Stopped>) {
         let (last, mut report) = match self.last_pages(now) {
             Ok(last) => last,
             Err(stopped) => return (Err(stopped), Err(Stopped::Interrupted)),
@@ -250,7 +259,7 @@ impl SourceHands {
             let saved = match relayed {
                 Some(Ok(())) => saved
                     .map_err(Stopped::from)
-                    .and_then(|len| sender.end_state().map(|()| len).map_err(Stopped::from)),
+                    .and_then(|saved| sender.end_state().map(|()| saved).map_err(Stopped::from)),
                 Some(Err(lane)) => Err(Stopped::Lane(lane)),
                 None => saved.map_err(Stopped::from),
             };
@@ -364,12 +373,13 @@ impl SourceHands {
 }
 
 /// Saves into blocks; how long it took is this thread's to say.
-fn save(guest: &mut dyn SourceGuest, post: Post<Vec<u8>>) -> Result<(ByteLen, Duration), GuestError> {
+fn save(guest: &mut dyn SourceGuest, post: Post<Vec<u8>>) -> Result<Saved, GuestError> {
     let began = clock();
     let mut blocks = StateBlocks { post, block: Vec::with_capacity(STATE_BLOCK_BYTES) };
-    let len = guest.save_state(&mut blocks)?;
+    let bytes = guest.save_state(&mut blocks)?;
+    let at = clock();
     blocks.flush().map_err(GuestError::Relay)?;
-    Ok((len, began.elapsed()))
+    Ok(Saved { bytes, took: began.elapsed(), at })
 }
 
 fn no_lanes() -> Stopped {

@@ -6,6 +6,7 @@
 use std::error::Error;
 use std::io::Read;
 use std::sync::Arc;
+use std::time::Instant;
 
 use vmferry_datapath::{
     Access, ByteLen, Cipher, Compression, DirtyLog, GuestRam, LaneEnd, MemoryLink, PageSet, RamFile,
@@ -62,15 +63,16 @@ pub(crate) fn move_in_one_process() -> Result<u64, Box<dyn Error>> {
     let mut last = PageSet::new(from.layout());
     log.collect(&mut last)?;
     sender.send(&last, go_on)?;
-    sender.send_state(&guest.machine.save()?.to_bytes())?;
+    let (state, saved_at) = (guest.machine.save()?, now());
+    sender.send_state(&state.to_bytes())?;
     sender.end_state()?;
     let totals = sender.finish()?;
     let mut state = Vec::new();
     state_in.read_to_end(&mut state)?;
     receiver.wait_complete(&totals, go_on)?;
 
-    // There: a machine is made of the state and the memory. The one here is dropped, and never runs again.
-    let arrived = Flat::restore(there, &State::from_bytes(&state)?)?;
+    // There: a machine is made of the state and the memory, and its clocks are as much older as the state is. The one here is dropped, and never runs again.
+    let arrived = Flat::restore(there, &State::from_bytes(&state)?, saved_at.elapsed())?;
     drop(guest);
     let arrived = arrived.run()?;
     arrived.write_run(16, PAGES)?;
@@ -82,6 +84,11 @@ pub(crate) fn move_in_one_process() -> Result<u64, Box<dyn Error>> {
         }
     }
     Ok(sent + last.count().0)
+}
+
+#[expect(clippy::disallowed_methods, reason = "whoever moves a guest has a clock")]
+fn now() -> Instant {
+    Instant::now()
 }
 
 /// The example's own way in; a test includes this file and calls the function above.

@@ -1,15 +1,16 @@
 //! The guest's clocks: KVM's (which its kernel reads as `kvm-clock`) and every CPU's time stamp counter.
 //!
 //! ```text
-//!   source  run ─┤pause ──────── save├  · · · travels · · ·  ├restore ────── run├─   target
-//!   clock        │ ticks on      ────┤        stands         ├────      ticks on │
+//!   source  run ─┤pause ── save├─ age by the source's clock ─┤ one way ├─ and by the target's ─┤restore ── run├─   target
+//!   clock        │ ticks on    │ · · · added by the restore ·│ · lost ·│· · · added · · · · · ·│     ticks on │
 //! ```
 //!
-//! Both tick while a guest is paused. They are read as the last of all when a machine is saved, and go on from the moment at
-//! which its restore began. So the guest sees the blackout pass, less the time that the saved state itself travelled: its
-//! clocks never go back, and never jump by more than the real blackout. The alternative, `KVM_CLOCK_REALTIME`, adds the
-//! difference of the two hosts' wall clocks: a guest would jump by whatever they differ. All CPUs' counters are written with
-//! the time since that moment added, so their distance from each other and from the clock stays as it was.
+//! Both tick while a guest is paused. They are read as the last of all when a machine is saved. The restore is told how old
+//! that reading is: by the source's own clock until its last word left, and by the target's since that word came in. So the
+//! guest sees the blackout pass, less one way of one message: its clocks never go back, and never jump by more than
+//! the real blackout. The alternative, `KVM_CLOCK_REALTIME`, adds the difference of the two hosts' wall clocks: a guest
+//! would jump by whatever they differ. All CPUs' counters are written with the time since the reading added, so their distance
+//! from each other and from the clock stays as it was.
 
 use kvm_bindings::{Msrs, kvm_clock_data, kvm_msr_entry};
 use kvm_ioctls::{Cap, VmFd};
@@ -79,14 +80,14 @@ impl Clocks {
         Ok(())
     }
 
-    /// Writes all clocks as they must be now, when they were read `since`.
-    pub(crate) fn write(&self, vm: &VmFd, vcpus: &[Vcpu], since: Duration) -> Result<(), KvmError> {
+    /// Writes all clocks as they must be now. They were read when this host's clock showed `read_at`.
+    pub(crate) fn write(&self, vm: &VmFd, vcpus: &[Vcpu], read_at: Duration) -> Result<(), KvmError> {
         for (vcpu, tsc) in vcpus.iter().zip(&self.tscs) {
-            let passed = now().saturating_sub(since);
+            let passed = now().saturating_sub(read_at);
             let list = tsc_entry(tsc.saturating_add(ticks(passed, self.tsc_khz)))?;
             vcpu.fd.set_msrs(&list).map_err(KvmError::refused("write a time stamp counter"))?;
         }
-        let passed = u64::try_from(now().saturating_sub(since).as_nanos()).unwrap_or(u64::MAX);
+        let passed = u64::try_from(now().saturating_sub(read_at).as_nanos()).unwrap_or(u64::MAX);
         let clock =
             kvm_clock_data { clock: self.clock_ns.saturating_add(passed), ..kvm_clock_data::default() };
         if vm.check_extension(Cap::AdjustClock) {

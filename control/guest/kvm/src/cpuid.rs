@@ -21,6 +21,9 @@ const DEADLINE_TIMER: u32 = 1 << 24;
 const LEAF_COUNTERS: u32 = 0xa;
 /// The two leaves that tell a CPU's own number in the machine.
 const LEAVES_TOPOLOGY: [u32; 2] = [0xb, 0x1f];
+/// Where AMD's CPUs tell theirs, and how many there are.
+const LEAF_AMD_NUMBER: u32 = 0x8000_001e;
+const LEAF_AMD_COUNT: u32 = 0x8000_0008;
 
 /// A set of named CPU features.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,8 +144,16 @@ fn number_entry(entry: &mut kvm_cpuid_entry2, number: u32, count: u32) {
     match entry.function {
         1 => entry.ebx = entry.ebx & 0xffff | number << 24 | (count & 0xff) << 16,
         leaf if LEAVES_TOPOLOGY.contains(&leaf) => entry.edx = number,
+        // One thread a core, one node.
+        LEAF_AMD_NUMBER => (entry.eax, entry.ebx, entry.ecx) = (number, number & 0xff, 0),
+        LEAF_AMD_COUNT => entry.ecx = entry.ecx & !0xf0ff | (count - 1) & 0xff | number_bits(count) << 12,
         _ => {}
     }
+}
+
+/// Bits of a number below `count`.
+fn number_bits(count: u32) -> u32 {
+    u32::BITS - (count - 1).leading_zeros()
 }
 
 #[cfg(test)]
@@ -202,5 +213,12 @@ mod tests {
         let mut entry = kvm_cpuid_entry2 { function: 1, ebx: 0x12_34_56, ..kvm_cpuid_entry2::default() };
         number_entry(&mut entry, 3, 4);
         assert_eq!(entry.ebx, 0x0304_3456);
+        entry.function = LEAF_AMD_NUMBER;
+        number_entry(&mut entry, 3, 4);
+        assert_eq!((entry.eax, entry.ebx, entry.ecx), (3, 3, 0));
+        (entry.function, entry.ecx) = (LEAF_AMD_COUNT, 0x1_503f);
+        number_entry(&mut entry, 3, 4);
+        assert_eq!(entry.ecx, 0x1_2003);
+        assert_eq!([1, 2, 3, 32].map(number_bits), [0, 1, 2, 5]);
     }
 }

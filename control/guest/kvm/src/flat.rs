@@ -33,11 +33,11 @@ impl Flat<Machine> {
         Ok(Flat { machine: blank.boot_flat()?, commander })
     }
 
-    /// Goes on with a payload that ran elsewhere.
-    pub fn restore(config: Config, state: &State) -> Result<Flat<Machine>, KvmError> {
+    /// Goes on with a payload that ran elsewhere, and was saved `age` ago.
+    pub fn restore(config: Config, state: &State, age: Duration) -> Result<Flat<Machine>, KvmError> {
         let blank = Blank::new(config)?;
         let commander = command(&blank)?;
-        Ok(Flat { machine: Machine::restore(blank, state)?, commander })
+        Ok(Flat { machine: Machine::restore(blank, state, age)?, commander })
     }
 
     /// Lets it run.

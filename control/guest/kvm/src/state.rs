@@ -14,6 +14,8 @@ mod vcpu;
 mod wire;
 mod xsave;
 
+use std::time::Duration;
+
 use kvm_bindings::{
     KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
     kvm_msr_entry, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -262,8 +264,8 @@ impl Machine {
     }
 
     /// Makes a machine of a blank one and a state; its memory must hold the guest's already. Refused, by name, when
-    /// this host's CPU lacks what the guest was given.
-    pub fn restore(blank: Blank, state: &State) -> Result<Machine, KvmError> {
+    /// this host's CPU lacks what the guest was given. The state was saved `age` ago: its clocks go on from there.
+    pub fn restore(blank: Blank, state: &State, age: Duration) -> Result<Machine, KvmError> {
         if state.cpus() != blank.vcpus.len() {
             return Err(KvmError::state(format!(
                 "the guest has {} CPUs and this machine {}: start the target with --cpus {0}",
@@ -271,8 +273,8 @@ impl Machine {
                 blank.vcpus.len()
             )));
         }
-        // The clocks go on from here, whatever the rest takes.
-        let since = crate::clock::now();
+        // Whatever the rest takes, the clocks go on from the moment at which they were read.
+        let read_at = crate::clock::now().saturating_sub(age);
         let host = FeatureSet::of(cpuid::supported(&blank.board.kvm)?.as_slice());
         if let Some(name) = state.features().missing_in(&host).first() {
             return Err(KvmError::state(format!(
@@ -292,7 +294,7 @@ impl Machine {
         for (vcpu, saved) in blank.vcpus.iter().zip(&state.vcpus) {
             vcpu::load(&blank.board.kvm, vcpu, saved)?;
         }
-        clocks.write(&blank.board.vm, &blank.vcpus, since)?;
+        clocks.write(&blank.board.vm, &blank.vcpus, read_at)?;
         for (vcpu, saved) in blank.vcpus.iter().zip(&state.vcpus) {
             vcpu::load_after_clock(vcpu, saved)?;
         }

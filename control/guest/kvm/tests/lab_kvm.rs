@@ -57,7 +57,7 @@ fn restore_elsewhere(from: &Machine, state: &State, tracking: Tracking) -> Resul
     let (mut source, mut target) = (from.memory().file(), config.memory.file());
     io::Seek::seek(&mut source, io::SeekFrom::Start(0)).expect("a memfd seeks");
     io::copy(&mut source, &mut target).expect("the copy has room");
-    Flat::restore(config, state)
+    Flat::restore(config, state, Duration::ZERO)
 }
 
 /// A state's bytes without the clock, which ticks on.
@@ -161,7 +161,7 @@ fn a_full_ring_stops_a_cpu_and_loses_nothing() {
 fn a_wrong_number_of_cpus_is_refused() {
     let state = Flat::boot(config(Tracking::Bitmap)).unwrap().machine.save().unwrap();
     let blank = Blank::new(Config { cpus: 2, ..config(Tracking::Bitmap) }).unwrap();
-    let refused = Machine::restore(blank, &state).err().expect("a refusal").to_string();
+    let refused = Machine::restore(blank, &state, Duration::ZERO).err().expect("a refusal").to_string();
     assert!(refused.contains("--cpus 1"), "{refused}");
 }
 

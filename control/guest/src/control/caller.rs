@@ -53,7 +53,13 @@ impl<A: Answer> Caller<A> {
 
     /// Asks, and takes the answer as it is.
     pub(crate) fn ask(&mut self, request: &impl Serialize) -> Result<A, GuestError> {
-        self.line.send(request).map_err(|error| self.lost("it takes no command", &error))?;
+        self.line.send(request).map_err(|error| {
+            // Nobody has the other end: not a byte of the request was taken.
+            if error.kind() == ErrorKind::BrokenPipe {
+                return GuestError::Ended(format!("{} has ended", self.who));
+            }
+            self.lost("it takes no command", &error)
+        })?;
         self.reply()
     }
 

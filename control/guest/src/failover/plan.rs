@@ -166,9 +166,10 @@ fn also(first: &GuestError, second: &GuestError) -> GuestError {
         GuestError::UserMistake(_) => GuestError::UserMistake(joined),
         GuestError::Unresponsive(_) | GuestError::Cancelled => GuestError::Unresponsive(joined),
         GuestError::Bug(_) => GuestError::Bug(joined),
-        GuestError::HostRefused { .. } | GuestError::GuestMisbehaved(_) | GuestError::Relay(_) => {
-            GuestError::GuestMisbehaved(joined)
-        }
+        GuestError::HostRefused { .. }
+        | GuestError::GuestMisbehaved(_)
+        | GuestError::Ended(_)
+        | GuestError::Relay(_) => GuestError::GuestMisbehaved(joined),
     }
 }
 

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
+use std::ops::Range;
 
 use serde::Serialize;
-use vmferry_datapath::PageIndex;
+use vmferry_datapath::{PAGE_BYTES, PageIndex, WatchedArea};
 
 use crate::GuestError;
 use crate::attach::maps::{self, Mapping};
@@ -63,11 +64,10 @@ pub(super) struct FoundMemory {
 pub(super) fn look(pid: i32) -> Result<FoundMemory, GuestError> {
     let mappings = maps::of_process(pid).map_err(|error| cannot_look(pid, error))?;
     let pages = page_sizes(pid);
-    let mut by_file: BTreeMap<Inode, (MemoryFile, u64, u64)> = BTreeMap::new();
+    let mut by_file: BTreeMap<Inode, (MemoryFile, Vec<Range<u64>>)> = BTreeMap::new();
     for mapping in
         mappings.iter().filter(|mapping| mapping.writes(mapping.inode) && mapping.inode.number != 0)
     {
-        let (start, end) = (mapping.offset, mapping.offset + (mapping.end - mapping.start));
         let file = || MemoryFile {
             path: mapping.path.clone(),
             bytes: 0,
@@ -75,18 +75,21 @@ pub(super) fn look(pid: i32) -> Result<FoundMemory, GuestError> {
             block: None,
             inode: mapping.inode,
         };
-        let (file, first, last) = by_file.entry(mapping.inode).or_insert_with(|| (file(), start, end));
-        file.bytes += mapping.end - mapping.start;
-        (*first, *last) = ((*first).min(start), (*last).max(end));
+        let (_, ranges) = by_file.entry(mapping.inode).or_insert_with(|| (file(), Vec::new()));
+        ranges.push(mapping.offset..mapping.offset + (mapping.end - mapping.start));
     }
-    by_file.retain(|_, (file, ..)| file.bytes >= FILE_BYTES_MIN);
-    let place = |(inode, (_, first, last)): (&Inode, &(MemoryFile, u64, u64))| BlockPlace {
-        inode: *inode,
-        offset: *first,
-        len: last - first,
-        first_page: PageIndex(0),
+    by_file.values_mut().for_each(|(file, ranges)| file.bytes = covered(ranges));
+    by_file.retain(|_, (file, _)| file.bytes >= FILE_BYTES_MIN);
+    // One behind the other, so that every page of every file has a number of its own.
+    let mut first_page = PageIndex(0);
+    let mut place = |(inode, (_, ranges)): (&Inode, &(MemoryFile, Vec<Range<u64>>))| {
+        let first = ranges.iter().map(|range| range.start).min().unwrap_or(0);
+        let last = ranges.iter().map(|range| range.end).max().unwrap_or(0);
+        let place = BlockPlace { inode: *inode, offset: first, len: last - first, first_page };
+        first_page.0 += place.len / PAGE_BYTES as u64;
+        place
     };
-    let places: Vec<BlockPlace> = by_file.iter().map(place).collect();
+    let places: Vec<BlockPlace> = by_file.iter().map(&mut place).collect();
     let (writers, hidden) = writers(pid, &places)?;
     let mut notes = Vec::new();
     if hidden > 0 {
@@ -97,11 +100,23 @@ pub(super) fn look(pid: i32) -> Result<FoundMemory, GuestError> {
     }
     Ok(FoundMemory {
         name: process_name(pid),
-        files: by_file.into_values().map(|(file, ..)| file).collect(),
+        files: by_file.into_values().map(|(file, _)| file).collect(),
         private_bytes: mappings.iter().filter_map(private).sum(),
         writers,
         notes,
     })
+}
+
+/// Bytes in at least one of the ranges: a VMM may map its memory twice.
+fn covered(ranges: &mut [Range<u64>]) -> u64 {
+    ranges.sort_by_key(|range| range.start);
+    let mut end = 0;
+    let mut bytes = 0;
+    for range in ranges {
+        bytes += range.end.saturating_sub(end.max(range.start));
+        end = end.max(range.end);
+    }
+    bytes
 }
 
 fn private(mapping: &Mapping) -> Option<u64> {
@@ -116,10 +131,14 @@ fn writers(vmm: i32, places: &[BlockPlace]) -> Result<(Vec<MemoryWriter>, usize)
     }
     let (found, hidden) = Writer::look_everywhere(places)
         .map_err(GuestError::refused("cannot read /proc; mount it, without hidepid"))?;
+    let range = |area: &WatchedArea| {
+        let start = area.first_page.0 * PAGE_BYTES as u64;
+        start..start + area.len
+    };
     let writer = |writer: &Writer| MemoryWriter {
         name: process_name(writer.process),
         pid: writer.process,
-        bytes: writer.areas.iter().map(|area| area.len).sum(),
+        bytes: covered(&mut writer.areas.iter().map(range).collect::<Vec<_>>()),
         tracked: tracked(writer.process),
     };
     let mut writers: Vec<MemoryWriter> = found.iter().map(writer).collect();
@@ -172,4 +191,17 @@ pub(super) fn cannot_look(pid: i32, error: std::io::Error) -> GuestError {
     GuestError::refused(format!("process {pid} cannot be looked at; run vmferry as root or as its user"))(
         error,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_mapped_twice_counts_once() {
+        assert_eq!(covered(&mut [0..8, 0..8]), 8);
+        assert_eq!(covered(&mut [16..24, 4..8, 0..6]), 16);
+        assert_eq!(covered(&mut [0..10, 2..4]), 10);
+        assert_eq!(covered(&mut []), 0);
+    }
 }

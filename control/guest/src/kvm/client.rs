@@ -1,5 +1,7 @@
 //! The other end of a micro-VM's control socket.
 
+use std::time::Duration;
+
 use vmferry_datapath::{ByteLen, RamFile};
 
 use super::microvm::SAVED_BYTES_MAX;
@@ -77,8 +79,9 @@ impl MicroVmControl {
         self.bytes(&Request::Save, SAVED_BYTES_MAX)
     }
 
-    pub(super) fn load(&mut self, bytes: &[u8]) -> Result<(), GuestError> {
-        self.caller.order_with(&Request::Load { len: bytes.len() as u64 }, bytes)
+    pub(super) fn load(&mut self, bytes: &[u8], age: Duration) -> Result<(), GuestError> {
+        let age_us = u64::try_from(age.as_micros()).unwrap_or(u64::MAX);
+        self.caller.order_with(&Request::Load { len: bytes.len() as u64, age_us }, bytes)
     }
 
     /// What devices may write and the log of this connection cannot tell.

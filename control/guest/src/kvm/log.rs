@@ -60,9 +60,6 @@ impl DirtyLog for MicroVmLog {
     }
 
     fn name(&self) -> &'static str {
-        match self.tracking {
-            TrackingWord::Bitmap => "kvm-bitmap",
-            TrackingWord::Ring => "kvm-ring",
-        }
+        self.tracking.name()
     }
 }

@@ -2,6 +2,7 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 use vmferry_datapath::{DirtyLog, PageSet, TrackError};
@@ -263,11 +264,12 @@ impl MicroVm {
         Ok(bytes)
     }
 
-    /// A blank machine that refused a state is gone; the next one is made before the answer.
-    pub(super) fn load(&mut self, bytes: &[u8]) -> Reply {
+    /// Takes in a guest whose state was saved when this host's clock showed `saved_at`. A blank machine that refused a state
+    /// is gone; the next one is made before the answer.
+    pub(super) fn load(&mut self, bytes: &[u8], saved_at: Duration) -> Reply {
         let state = self.take();
         let State::Waiting(blank) = state else { return self.keep(state, &[], "load") };
-        match restored(*blank, bytes) {
+        match restored(*blank, bytes, saved_at) {
             Ok((machine, stopped)) => {
                 self.state = State::Loaded { machine, stopped };
                 Reply::Done
@@ -305,6 +307,13 @@ impl MicroVm {
             return Reply::Done;
         }
         self.keep(state, &[MicroVmPhase::Waiting], "discard")
+    }
+
+    /// The same, when what was loaded still waits for the word to run.
+    pub(super) fn discard_loaded(&mut self) {
+        if self.phase() == MicroVmPhase::Loaded {
+            let _ = self.discard();
+        }
     }
 
     fn wait_again(&mut self) {
@@ -360,7 +369,7 @@ impl MicroVm {
     }
 }
 
-fn restored(blank: Blank, bytes: &[u8]) -> Result<(Machine, bool), KvmError> {
+fn restored(blank: Blank, bytes: &[u8], saved_at: Duration) -> Result<(Machine, bool), KvmError> {
     let damaged =
         || KvmError::StateRefused("the micro-VM's state begins with neither 0 nor 1: it is damaged".into());
     let (stopped, bytes) = bytes.split_first().ok_or_else(damaged)?;
@@ -369,10 +378,16 @@ fn restored(blank: Blank, bytes: &[u8]) -> Result<(Machine, bool), KvmError> {
         1 => true,
         _ => return Err(damaged()),
     };
-    Ok((Machine::restore(blank, &Saved::from_bytes(bytes)?)?, stopped))
+    let saved = Saved::from_bytes(bytes)?;
+    Ok((Machine::restore(blank, &saved, now().saturating_sub(saved_at))?, stopped))
+}
+
+/// This host's monotonic clock.
+pub(super) fn now() -> Duration {
+    let time = clock_gettime(ClockId::Monotonic);
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 fn now_ns() -> u64 {
-    let time = clock_gettime(ClockId::Monotonic);
-    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
+    u64::try_from(now().as_nanos()).unwrap_or(u64::MAX)
 }

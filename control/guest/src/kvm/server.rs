@@ -9,7 +9,7 @@ use vmferry_kvm::GuestEnd;
 use vmferry_vfio::{Chunk, VfioError};
 
 use super::devices::Devices;
-use super::microvm::{HeldLog, MicroVm, SAVED_BYTES_MAX};
+use super::microvm::{HeldLog, MicroVm, SAVED_BYTES_MAX, now};
 use super::wire::{Reply, Request};
 use super::{DEVICE_CHUNK_MAX, MicroVmArgs, socket_path};
 use crate::control::{Line, Socket};
@@ -27,7 +27,7 @@ pub fn run(args: &MicroVmArgs) -> Result<(), GuestError> {
     socket.serve(move |line| {
         let devices = Arc::clone(lock(&shared).devices());
         let vm = Arc::clone(&shared);
-        Client { line, vm, devices, log: None, pre_copies: false, quit: quit.clone() }.serve();
+        Client { line, vm, devices, log: None, pre_copies: false, loaded: false, quit: quit.clone() }.serve();
     })?;
     loop {
         match quitting.recv_timeout(LOOK_EVERY) {
@@ -60,14 +60,20 @@ struct Client {
     log: Option<HeldLog>,
     /// Whether devices pre-copy for this connection.
     pre_copies: bool,
+    /// Whether this connection brought a guest in.
+    loaded: bool,
     quit: Sender<()>,
 }
 
 impl Drop for Client {
-    /// A sender that died leaves its guest's devices as they were. One that is at rest waits for the guardian.
+    /// A sender that died leaves its guest's devices as they were. One that is at rest waits for the guardian. A receiver
+    /// that died before Commit leaves a guest that can never run here: this micro-VM waits for the next.
     fn drop(&mut self) {
         if self.pre_copies {
             self.devices.end_pre_copy();
+        }
+        if self.loaded {
+            self.vm().discard_loaded();
         }
     }
 }
@@ -104,7 +110,7 @@ impl Client {
             }
             Request::ReadDevice { device, max } => return self.read_device(*device, *max),
             Request::WriteDevice { device, len } => return self.write_device(*device, *len),
-            Request::Load { len } => return self.load(*len),
+            Request::Load { len, age_us } => return self.load(*len, Duration::from_micros(*age_us)),
             Request::PreCopy => self.pre_copy(),
             Request::EndPreCopy => {
                 self.devices.end_pre_copy();
@@ -195,9 +201,11 @@ impl Client {
         }
     }
 
-    fn load(&mut self, len: u64) -> std::io::Result<()> {
+    fn load(&mut self, len: u64, age: Duration) -> std::io::Result<()> {
+        let saved_at = now().saturating_sub(age);
         let bytes = self.line.receive_bytes(len, SAVED_BYTES_MAX)?;
-        let reply = self.vm().load(&bytes);
+        let reply = self.vm().load(&bytes, saved_at);
+        self.loaded = reply == Reply::Done;
         self.line.send(&reply)
     }
 }

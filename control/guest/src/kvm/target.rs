@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmferry_datapath::{Access, ByteLen, GuestRam};
 
@@ -52,10 +53,12 @@ impl TargetGuest for KvmTarget {
     }
 
     fn prepare(&mut self) -> Result<(), GuestError> {
+        // Devices that a receiver which died left waiting for their states begin anew.
+        self.control.discard()?;
         Ok(self.ram.discard_all()?)
     }
 
-    fn load_state(&mut self, from: &mut dyn Read) -> Result<ByteLen, GuestError> {
+    fn load_state(&mut self, from: &mut dyn Read, age: Duration) -> Result<ByteLen, GuestError> {
         let mut bytes = Vec::new();
         from.take(SAVED_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(GuestError::Relay)?;
         if bytes.len() as u64 > SAVED_BYTES_MAX {
@@ -63,7 +66,7 @@ impl TargetGuest for KvmTarget {
                 "the micro-VM's state is longer than the {SAVED_BYTES_MAX} bytes that one can have: it is damaged"
             )));
         }
-        self.control.load(&bytes)?;
+        self.control.load(&bytes, age)?;
         Ok(ByteLen(bytes.len() as u64))
     }
 

@@ -21,9 +21,10 @@ pub(crate) enum Request {
     Resume,
     /// Answered by `Bytes`.
     Save,
-    /// Followed by `len` raw bytes.
+    /// Followed by `len` raw bytes, which were saved so long ago.
     Load {
         len: u64,
+        age_us: u64,
     },
     /// Begin to run what was loaded.
     Run,

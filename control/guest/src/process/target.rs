@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::time::Duration;
 
 use vmferry_datapath::{Access, ByteLen, GuestRam};
 
@@ -61,7 +62,7 @@ impl TargetGuest for ProcessTarget {
         Ok(self.ram.discard_all()?)
     }
 
-    fn load_state(&mut self, from: &mut dyn Read) -> Result<ByteLen, GuestError> {
+    fn load_state(&mut self, from: &mut dyn Read, _age: Duration) -> Result<ByteLen, GuestError> {
         let max = state_bytes_max(self.identity.pages);
         let mut bytes = Vec::new();
         from.take(max + 1).read_to_end(&mut bytes).map_err(GuestError::Relay)?;

@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use vmferry_datapath::{Access, ByteLen, GuestRam};
@@ -113,7 +114,7 @@ impl TargetGuest for QemuTarget {
         self.listen()
     }
 
-    fn load_state(&mut self, from: &mut dyn Read) -> Result<ByteLen, GuestError> {
+    fn load_state(&mut self, from: &mut dyn Read, _age: Duration) -> Result<ByteLen, GuestError> {
         const WHAT: &str =
             "load the device state (was it started with the same machine and devices as the source?)";
         let Some(mut state) = self.state.take() else {

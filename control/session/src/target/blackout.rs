@@ -20,6 +20,26 @@ pub struct Completing {
     guest: VacantToken,
     verify: bool,
     totals: FinalTotals,
+    state: SavedState,
+}
+
+/// When the source saved the VMM's state, as far as this side knows: two clocks, of which only differences count.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SavedState {
+    age: Duration,
+    told_at: Duration,
+}
+
+impl SavedState {
+    /// As Final tells it when it comes in. What a peer tells cannot be older than the lanes that it came by: a guest's
+    /// clock must not jump by more than the move took.
+    pub(super) fn told(totals: &FinalTotals, lanes_since: Duration, now: Duration) -> SavedState {
+        SavedState { age: totals.state_age().min(now.saturating_sub(lanes_since)), told_at: now }
+    }
+
+    fn age(self, now: Duration) -> Duration {
+        self.age + now.saturating_sub(self.told_at)
+    }
 }
 
 /// The VMM loads the device state; the driver holds the token.
@@ -46,18 +66,24 @@ pub struct Starting {
 }
 
 impl Completing {
-    pub(super) fn enter(common: Common, guest: VacantToken, verify: bool, totals: FinalTotals) -> Step {
+    pub(super) fn enter(
+        common: Common,
+        guest: VacantToken,
+        verify: bool,
+        (totals, state): (FinalTotals, SavedState),
+    ) -> Step {
         let action = TargetAction::AwaitLanes(totals.clone());
-        (TargetState::Completing(Self { common, guest, verify, totals }), vec![action])
+        (TargetState::Completing(Self { common, guest, verify, totals, state }), vec![action])
     }
 
-    pub(super) fn on(self, event: TargetEvent, _now: Duration) -> Step {
+    pub(super) fn on(self, event: TargetEvent, now: Duration) -> Step {
         match event {
             TargetEvent::RamComplete { state_bytes, digest, complete_us } => {
                 match self.check(state_bytes, digest.as_deref()) {
                     Ok(()) => {
                         let next = Loading { common: self.common, complete_us };
-                        (TargetState::Loading(next), vec![TargetAction::LoadState(self.guest)])
+                        let load = TargetAction::LoadState(self.guest, self.state.age(now));
+                        (TargetState::Loading(next), vec![load])
                     }
                     Err(error) => super::end::unwind(self.common, None, error),
                 }

@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use super::blackout::SavedState;
 use super::{BeforeReady, Common, Completing, Step, TargetAction, TargetEvent, TargetOutcome, TargetState};
 use super::{TargetWork, end};
 use crate::error::SessionError;
@@ -38,13 +39,14 @@ pub struct Receiving {
     guest: VacantToken,
     verify: bool,
     lanes: Lanes,
+    since: Duration,
 }
 
 /// How far the lanes are.
 #[derive(Debug)]
 enum Lanes {
     /// Some are missing; a quick source may have sent its Final before the driver's word about the last lane.
-    Opening { until: Duration, early: Option<FinalTotals> },
+    Opening { until: Duration, early: Option<(FinalTotals, SavedState)> },
     /// All are there.
     Open,
 }
@@ -94,7 +96,7 @@ impl Preparing {
             TargetEvent::Prepared => {
                 let lanes = Lanes::Opening { until: now + self.common.limits.prepare, early: None };
                 let verify = self.agreement.verify;
-                let next = Receiving { common: self.common, guest: self.guest, verify, lanes };
+                let next = Receiving { common: self.common, guest: self.guest, verify, lanes, since: now };
                 let answer = TargetAction::Send(Message::Answer(self.agreement));
                 (TargetState::Receiving(next), vec![answer, TargetAction::AcceptLanes(self.agreement)])
             }
@@ -130,7 +132,7 @@ impl Receiving {
     pub(super) fn on(self, event: TargetEvent, now: Duration) -> Step {
         match event {
             TargetEvent::LanesAccepted => self.on_accepted(),
-            TargetEvent::Message(Message::Final(totals)) => self.on_final(totals),
+            TargetEvent::Message(Message::Final(totals)) => self.on_final(totals, now),
             TargetEvent::Tick if self.until().is_some_and(|until| now >= until) => {
                 let limit_ms = u64::try_from(self.common.limits.prepare.as_millis()).unwrap_or(u64::MAX);
                 self.call_off(SessionError::PeerSilent { doing: "opening its lanes", limit_ms })
@@ -141,8 +143,8 @@ impl Receiving {
 
     fn on_accepted(self) -> Step {
         match self.lanes {
-            Lanes::Opening { early: Some(totals), .. } => {
-                Completing::enter(self.common, self.guest, self.verify, totals)
+            Lanes::Opening { early: Some(told), .. } => {
+                Completing::enter(self.common, self.guest, self.verify, told)
             }
             Lanes::Opening { early: None, .. } => {
                 (TargetState::Receiving(Self { lanes: Lanes::Open, ..self }), Vec::new())
@@ -151,11 +153,12 @@ impl Receiving {
         }
     }
 
-    fn on_final(self, totals: FinalTotals) -> Step {
+    fn on_final(self, totals: FinalTotals, now: Duration) -> Step {
+        let state = SavedState::told(&totals, self.since, now);
         match self.lanes {
-            Lanes::Open => Completing::enter(self.common, self.guest, self.verify, totals),
+            Lanes::Open => Completing::enter(self.common, self.guest, self.verify, (totals, state)),
             Lanes::Opening { until, early: None } => {
-                let lanes = Lanes::Opening { until, early: Some(totals) };
+                let lanes = Lanes::Opening { until, early: Some((totals, state)) };
                 (TargetState::Receiving(Self { lanes, ..self }), Vec::new())
             }
             Lanes::Opening { early: Some(_), .. } => self.on_stray_message(Message::Final(totals)),

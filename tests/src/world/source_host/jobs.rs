@@ -222,7 +222,12 @@ impl SourceHost {
         let sent = self.send_pages(saved_over, common) && common.network.lanes.send(Record::End);
         Self::let_arrive(common, 1);
         let digest = common.story.verify.then(|| self.guest.digest());
-        sent.then(|| FinalTotals { lanes: vec![common.network.lanes.tally()], state_bytes: 8, digest })
+        sent.then(|| FinalTotals {
+            lanes: vec![common.network.lanes.tally()],
+            state_bytes: 8,
+            digest,
+            state_age_us: Some(20),
+        })
     }
 }
 

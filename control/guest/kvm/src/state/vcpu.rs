@@ -3,7 +3,7 @@
 //! Read: MP state first, because reading it lets pending INITs and SIPIs arrive. Written: CPUID before all (it decides
 //! which bits are legal), the local APIC before the MSRs, the time stamp counter before its deadline, events last.
 
-use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_bindings::{Msrs, kvm_msr_entry, kvm_sregs};
 use kvm_ioctls::Kvm;
 
 use super::{VcpuState, xsave};
@@ -39,7 +39,7 @@ pub(super) fn load(kvm: &Kvm, vcpu: &Vcpu, saved: &VcpuState) -> Result<(), KvmE
     let fd = &vcpu.fd;
     fd.set_mp_state(saved.mp_state).map_err(write("MP state"))?;
     fd.set_regs(&saved.regs).map_err(write("registers"))?;
-    fd.set_sregs(&saved.sregs).map_err(write("system registers"))?;
+    fd.set_sregs(&saved.sregs).map_err(write(&system_registers(&saved.sregs)))?;
     xsave::load(kvm, fd, &saved.xsave)?;
     fd.set_xcrs(&saved.xcrs).map_err(write("XCRs"))?;
     fd.set_debug_regs(&saved.debugregs).map_err(write("debug registers"))?;
@@ -47,6 +47,16 @@ pub(super) fn load(kvm: &Kvm, vcpu: &Vcpu, saved: &VcpuState) -> Result<(), KvmE
     let known = known_msrs(kvm)?;
     let now = saved.msrs.iter().filter(|msr| !is_late(msr.index));
     load_msrs(vcpu, now.copied(), &known)
+}
+
+/// KVM refuses these as a whole: which of them it meant is for a person to see.
+fn system_registers(sregs: &kvm_sregs) -> String {
+    let kvm_sregs { cr0, cr3, cr4, efer, apic_base, cs, .. } = sregs;
+    format!(
+        "system registers (cr0 {cr0:#x}, cr3 {cr3:#x}, cr4 {cr4:#x}, efer {efer:#x}, apic base {apic_base:#x}, \
+         64-bit code {})",
+        cs.l
+    )
 }
 
 /// What waits for the clock: the deadline of the timer, then the pending events.

@@ -5,12 +5,14 @@
 //!                   beat: one byte each ms to port 0xe9, before everything else
 //!                   disk: O_DIRECT reads into known pages, where there is a disk
 //!                   net: numbered datagrams to the host on the wire, with `vmferry.net` on the command line
+//!                   relay: a turn that goes round the processors, where there are several
 //! ```
 
 mod beat;
 mod console;
 mod disk;
 mod net;
+mod relay;
 mod sys;
 mod worker;
 
@@ -42,6 +44,7 @@ fn main() {
     let plan = word(&words, "vmferry.plan=").parse::<Plan>();
     let disk = disk::start();
     let net = net::start(&words);
+    let relay = relay::start();
     let mut serial = console::Serial::open().expect("the guest has a serial line");
     let plan = match plan {
         Ok(plan) => plan,
@@ -50,7 +53,7 @@ fn main() {
             panic!("no plan");
         }
     };
-    let requests = worker::start(plan, worker::Counters { beat, disk, net });
+    let requests = worker::start(plan, worker::Counters { beat, disk, net, relay });
     serial.say("ready");
     sys::become_real_time(CONSOLE_PRIORITY);
     loop {

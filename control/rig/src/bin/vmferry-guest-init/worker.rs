@@ -12,6 +12,7 @@ use vmferry_workload::{MappedPages, Pace, Plan, Verifier, Writer};
 use crate::beat;
 use crate::disk::DiskCounters;
 use crate::net::NetCounters;
+use crate::relay::RelayCounters;
 use crate::sys;
 
 /// Pages verified in each turn of the loop: the background check costs little and meets every page in time.
@@ -51,6 +52,7 @@ pub(crate) struct Counters {
     pub(crate) beat: Arc<beat::Counters>,
     pub(crate) disk: Arc<DiskCounters>,
     pub(crate) net: Arc<NetCounters>,
+    pub(crate) relay: Arc<RelayCounters>,
 }
 
 /// Fills the memory, then starts the worker's thread.
@@ -96,6 +98,7 @@ impl Worker {
                 self.counters.net.set_quiet(rest == "quiet");
                 ok(&self.counters.net.status())
             }
+            "cpus" => ok(&self.counters.relay.status()),
             "deaf" => ok(&crate::net::forget_hot_unplug()),
             "rate" => self.set("rate", rest),
             "set" => match rest.split_once('=') {
@@ -103,7 +106,7 @@ impl Worker {
                 None => "error use set key=value".to_owned(),
             },
             _ => format!(
-                "error unknown command '{command}': use status, verify, gap, net, deaf, stop, start, rate or set"
+                "error unknown command '{command}': use status, verify, gap, net, cpus, deaf, stop, start, rate or set"
             ),
         }
     }

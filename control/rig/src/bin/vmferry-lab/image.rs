@@ -75,9 +75,9 @@ pub(crate) fn build(
     add_folder(&mut image, &files.cache.join("guest/modules"), "/lab/cache/guest/modules")?;
     if plan.names(NEEDS_QEMU) {
         add_qemu(&mut image)?;
-        // A guest's kernel is the host's, and its modules are (the init links them).
-        image.file("/lab/cache/lab/vmlinuz", &files.kernel)?;
     }
+    // A guest's kernel is the host's, and its modules are (the init links them).
+    image.file("/lab/cache/lab/vmlinuz", &files.kernel)?;
     add_verbs(&mut image)?;
     for name in VALGRIND_FILES {
         let path = format!("{VALGRIND}/{name}");
