@@ -136,20 +136,7 @@ impl MicroVm {
             command.arg("--incoming")
         };
         let mut child = command.stdin(Stdio::null()).spawn().unwrap();
-        let mut accept = |listener: &UnixListener| {
-            listener.set_nonblocking(true).unwrap();
-            let stream = loop {
-                if let Ok((stream, _)) = listener.accept() {
-                    break stream;
-                }
-                assert!(child.try_wait().unwrap().is_none(), "the micro-VM did not start");
-                std::thread::sleep(Duration::from_millis(10));
-            };
-            stream.set_nonblocking(false).unwrap();
-            stream.set_read_timeout(Some(GUEST_TIMEOUT)).unwrap();
-            stream
-        };
-        let (console, beat) = (accept(&console), accept(&beat));
+        let (console, beat) = (accept(&console, &mut child), accept(&beat, &mut child));
         let vm = MicroVm { child, name: name.to_owned(), beat, console, _folder: folder, _card: card };
         vm.wait_phase(if boots { MicroVmPhase::Running } else { MicroVmPhase::Waiting });
         vm
@@ -195,6 +182,21 @@ impl Drop for MicroVm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The micro-VM's end of a route, once it has come.
+fn accept(listener: &UnixListener, child: &mut Child) -> UnixStream {
+    listener.set_nonblocking(true).unwrap();
+    let stream = loop {
+        if let Ok((stream, _)) = listener.accept() {
+            break stream;
+        }
+        assert!(child.try_wait().unwrap().is_none(), "the micro-VM did not start");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(GUEST_TIMEOUT)).unwrap();
+    stream
 }
 
 /// Starts `vmferry receive` and tells the other host where.

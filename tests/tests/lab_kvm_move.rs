@@ -154,9 +154,9 @@ fn comes(is_so: impl Fn() -> bool) -> bool {
 #[test]
 fn a_guest_that_was_slowed_down_is_not_when_its_sender_is_killed() {
     let (mut source, target) = pair("bitmap");
-    // Its pages take half a second, and it writes all of them all the time.
+    // Its pages take two seconds, and it writes all of them all the time.
     let words =
-        [PLAIN[0], "--bandwidth", "4MiB", "--downtime-limit", "400ms", "--on-no-converge", "throttle"];
+        [PLAIN[0], "--bandwidth", "1MiB", "--downtime-limit", "500ms", "--on-no-converge", "throttle"];
     let (receiving, address) = receive(&target.spec(), &PLAIN, "");
     let mut sending = send(&source.spec(), &address, &words, "");
     println!("\nlab: {}", sending.wait_line("the guest is slowed down by"));

@@ -102,7 +102,7 @@ impl Pages {
 /// The last of so many turns that wrote this page; turn 1 was the first, and 0 is none.
 fn last_turn(page: u64, turns: u64) -> u64 {
     let back = (turns % PAGES + PAGES - page) % PAGES;
-    turns.checked_sub(back).unwrap_or(0)
+    turns.saturating_sub(back)
 }
 
 impl RelayCounters {
