@@ -87,7 +87,7 @@ fn cut_in_the_blackout(mode: &[&str]) {
     match place.host {
         Host::A => {
             let source = Workload::run(RAM, PLAN);
-            let mut sending = start_send(&place, &pki, &source, mode, "send:last-round:300");
+            let mut sending = start_send(&place, &pki, &source, mode, "send:last-round:2000");
             sending.wait_line("holding at");
             let cut = Cut::now(&["lan0"]);
             let sent = sending.done();

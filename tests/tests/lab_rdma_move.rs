@@ -16,6 +16,9 @@ const PLAN: &str = "seed=7,set=256,pattern=random,rate=1MiB,zero=200";
 /// Everything is emulated here, so no move fits the usual limit.
 const FORCE: &[&str] = &["--on-no-converge", "force"];
 
+/// How long a phase is held for a cut: to start `tc` twice took longer than 0.3 s on a busy host, and the move was over.
+const HOLD_MS: u32 = 2000;
+
 fn receive(guest: &str, more: &[&str], hold: &str) -> (Running, String) {
     let listen = format!("rdma://{FAR}:0");
     let mut words = vec!["receive", "--listen", &listen, "--guest", guest, "--json"];
@@ -132,7 +135,7 @@ fn cut_in(phases: &[&str], mode: &[&str]) {
         let target = Workload::incoming(RAM);
         let (receiving, address) = receive(&target.spec(), &[&tls(&pki), mode].concat(), "");
         let words = [&tls(&pki), FORCE, mode].concat();
-        let mut sending = send(&source.spec(), &address, &words, &format!("send:{phase}:300"));
+        let mut sending = send(&source.spec(), &address, &words, &format!("send:{phase}:{HOLD_MS}"));
         sending.wait_line("holding at");
         let cut = Cut::now(&["ve0", "ve1"]);
         let sent = sending.done();
@@ -187,7 +190,7 @@ fn a_lost_rdma_link_is_tried_again_over_tcp_when_told_so() {
     let fallback = &["--rdma-fallback", "tcp"];
     let (receiving, address) = receive(&target.spec(), &[&tls(&pki), &fallback[..]].concat(), "");
     let words = [&tls(&pki), FORCE, fallback].concat();
-    let mut sending = send(&source.spec(), &address, &words, "send:copy:300");
+    let mut sending = send(&source.spec(), &address, &words, &format!("send:copy:{HOLD_MS}"));
     sending.wait_line("holding at");
     let cut = Cut::now(&["ve0", "ve1"]);
     sending.wait_line("trying again over tcp");
