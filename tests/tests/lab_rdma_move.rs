@@ -13,8 +13,8 @@ use vmferry_tests::workload::Workload;
 const FAR: &str = "10.77.0.2";
 const RAM: &str = "8MiB";
 const PLAN: &str = "seed=7,set=256,pattern=random,rate=1MiB,zero=200";
-/// Everything is emulated here, so no move fits the usual limit.
-const FORCE: &[&str] = &["--on-no-converge", "force"];
+/// Everything is emulated here, so no move fits the usual limit: without another one a busy host tries twenty rounds.
+const FORCE: &[&str] = &["--on-no-converge", "force", "--downtime-limit", "20s"];
 
 /// How long a phase is held for a cut: to start `tc` twice took longer than 0.3 s on a busy host, and the move was over.
 const HOLD_MS: u32 = 2000;
