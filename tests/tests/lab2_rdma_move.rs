@@ -10,7 +10,7 @@ use vmferry_tests::workload::Workload;
 const RAM: &str = "16MiB";
 const PLAN: &str = "seed=9,set=256,pattern=random,rate=1MiB,zero=200";
 /// Everything is emulated here, so no move fits the usual limit.
-const FORCE: &[&str] = &["--on-no-converge", "force", "--lanes", "2"];
+const FORCE: &[&str] = &["--on-no-converge", "force", "--downtime-limit", "20s", "--lanes", "2"];
 const DIRECT: &[&str] = &["--rdma-direct-plaintext"];
 
 /// The keys of both hosts: made on host b, whose address they name, and handed over at the meeting.
@@ -87,7 +87,7 @@ fn cut_in_the_blackout(mode: &[&str]) {
     match place.host {
         Host::A => {
             let source = Workload::run(RAM, PLAN);
-            let mut sending = start_send(&place, &pki, &source, mode, "send:last-round:300");
+            let mut sending = start_send(&place, &pki, &source, mode, "send:last-round:2000");
             sending.wait_line("holding at");
             let cut = Cut::now(&["lan0"]);
             let sent = sending.done();

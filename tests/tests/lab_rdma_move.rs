@@ -13,8 +13,11 @@ use vmferry_tests::workload::Workload;
 const FAR: &str = "10.77.0.2";
 const RAM: &str = "8MiB";
 const PLAN: &str = "seed=7,set=256,pattern=random,rate=1MiB,zero=200";
-/// Everything is emulated here, so no move fits the usual limit.
-const FORCE: &[&str] = &["--on-no-converge", "force"];
+/// Everything is emulated here, so no move fits the usual limit: without another one a busy host tries twenty rounds.
+const FORCE: &[&str] = &["--on-no-converge", "force", "--downtime-limit", "20s"];
+
+/// How long a phase is held for a cut: to start `tc` twice took longer than 0.3 s on a busy host, and the move was over.
+const HOLD_MS: u32 = 2000;
 
 fn receive(guest: &str, more: &[&str], hold: &str) -> (Running, String) {
     let listen = format!("rdma://{FAR}:0");
@@ -74,7 +77,7 @@ fn a_direct_move_takes_every_page_along() {
 #[test]
 fn a_direct_move_of_more_than_may_be_pinned_takes_every_page_along() {
     let pki = Pki::new(FAR);
-    let (source, target) = (Workload::run("24MiB", PLAN), Workload::incoming("24MiB"));
+    let (source, target) = (Workload::run("16MiB", PLAN), Workload::incoming("16MiB"));
     let pin = &["--rdma-pin-max", "8MiB"];
     let (receiving, address) = receive(&target.spec(), &[&tls(&pki), DIRECT, pin].concat(), "");
     let words = [&tls(&pki), FORCE, DIRECT, &["--verify", "--lanes", "4"]].concat();
@@ -132,7 +135,7 @@ fn cut_in(phases: &[&str], mode: &[&str]) {
         let target = Workload::incoming(RAM);
         let (receiving, address) = receive(&target.spec(), &[&tls(&pki), mode].concat(), "");
         let words = [&tls(&pki), FORCE, mode].concat();
-        let mut sending = send(&source.spec(), &address, &words, &format!("send:{phase}:300"));
+        let mut sending = send(&source.spec(), &address, &words, &format!("send:{phase}:{HOLD_MS}"));
         sending.wait_line("holding at");
         let cut = Cut::now(&["ve0", "ve1"]);
         let sent = sending.done();
@@ -187,7 +190,7 @@ fn a_lost_rdma_link_is_tried_again_over_tcp_when_told_so() {
     let fallback = &["--rdma-fallback", "tcp"];
     let (receiving, address) = receive(&target.spec(), &[&tls(&pki), &fallback[..]].concat(), "");
     let words = [&tls(&pki), FORCE, fallback].concat();
-    let mut sending = send(&source.spec(), &address, &words, "send:copy:300");
+    let mut sending = send(&source.spec(), &address, &words, &format!("send:copy:{HOLD_MS}"));
     sending.wait_line("holding at");
     let cut = Cut::now(&["ve0", "ve1"]);
     sending.wait_line("trying again over tcp");
@@ -228,39 +231,6 @@ fn the_bench_counts_what_each_way_asks_for() {
     for row in rows {
         let count = |key: &str| row[key].as_f64().unwrap();
         assert!(count("operations") > 0.0 && count("system_calls") > 0.0, "{row}");
-        println!("lab: per GiB: {row}");
+        println!("\nlab: per GiB: {row}");
     }
-}
-
-/// Counts what each end's lane executes over one way: slow, so a way is a test.
-fn instructions_over(way: &str) {
-    let bench = vmferry_tests::command::program().with_file_name("vmferry-bench");
-    let words = ["rdma", "--address", FAR, "--quick", "--json", "--instructions", "--way", way];
-    let ran = Command::new(bench).args(words).output().unwrap();
-    let (said, told) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
-    assert!(ran.status.success(), "{told}");
-    let report: serde_json::Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
-    let counted = &report["instructions"][0];
-    let count = |end: &str| counted[end].as_f64().unwrap_or_else(|| panic!("{report}\n{told}"));
-    assert!(count("source") > 1e6 && count("target") > 1e6, "{counted}");
-    println!(
-        "lab: instructions per GiB over {way}: source {:.3e}, target {:.3e}",
-        count("source"),
-        count("target")
-    );
-}
-
-#[test]
-fn the_bench_counts_instructions_over_tcp() {
-    instructions_over("tcp");
-}
-
-#[test]
-fn the_bench_counts_instructions_over_sealed_rdma() {
-    instructions_over("sealed");
-}
-
-#[test]
-fn the_bench_counts_instructions_over_direct_rdma() {
-    instructions_over("direct");
 }
