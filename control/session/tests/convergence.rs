@@ -318,6 +318,8 @@ proptest! {
             predictor.forecast().total
         };
         let (few, many) = (forecast(held), forecast(held + more));
-        prop_assert!(few.p50_ms <= many.p50_ms && few.p95_ms <= many.p95_ms, "{few:?} {many:?}");
+        // A sum of floats in another order: their last digits are no forecast.
+        let no_less = |few: f64, many: f64| many >= few * (1.0 - 1e-12);
+        prop_assert!(no_less(few.p50_ms, many.p50_ms) && no_less(few.p95_ms, many.p95_ms), "{few:?} {many:?}");
     }
 }
