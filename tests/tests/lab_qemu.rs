@@ -24,7 +24,8 @@ const MACHINE: &str = "q35,smm=off,vmport=off,hpet=off,usb=off,sata=off,smbus=of
 const MAC: &str = "52:54:00:00:00:07";
 const IGB: (&str, &str) = ("0x8086", "0x10c9");
 const PATIENCE: Duration = Duration::from_secs(30);
-const FORCE: &[&str] = &["--on-no-converge", "force"];
+/// An emulated host's blackout fits no usual limit.
+const FORCE: &[&str] = &["--on-no-converge", "force", "--downtime-limit", "20s"];
 
 fn recipe(words: &str) -> QemuGuest {
     let assets = Assets::find_failover().unwrap();
