@@ -12,7 +12,6 @@ use crate::tests::TestBinary;
 /// Tools that the init and the tests call, and where the lab has them.
 const TOOLS: [(&str, &[&str]); 6] = [
     ("/sbin/ip", &["/usr/sbin/ip", "/sbin/ip", "/bin/ip"]),
-    ("/sbin/tc", &["/usr/sbin/tc", "/sbin/tc"]),
     ("/sbin/rdma", &["/usr/bin/rdma", "/sbin/rdma", "/usr/sbin/rdma"]),
     ("/bin/ibv_devinfo", &["/usr/bin/ibv_devinfo"]),
     // What counts instructions: the launcher, which Debian wraps in a script, and the tool that it starts.
