@@ -10,7 +10,7 @@ use crate::plan::Plan;
 use crate::tests::TestBinary;
 
 /// Tools that the init and the tests call, and where the lab has them.
-const TOOLS: [(&str, &[&str]); 6] = [
+const TOOLS: [(&str, &[&str]); 5] = [
     ("/sbin/ip", &["/usr/sbin/ip", "/sbin/ip", "/bin/ip"]),
     ("/sbin/rdma", &["/usr/bin/rdma", "/sbin/rdma", "/usr/sbin/rdma"]),
     ("/bin/ibv_devinfo", &["/usr/bin/ibv_devinfo"]),
