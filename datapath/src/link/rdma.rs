@@ -352,10 +352,13 @@ impl Link for RdmaLink {
         let ring_bytes = (plan.receive_bytes / RDMA_RING_PART).next_multiple_of(4096);
         let ring =
             Region::new(queue_pair, ring_bytes, Reach::PeerWrites).map_err(|error| not_registered(&error))?;
-        if let Mode::Open(ram, share) = &mut self.mode {
-            *share = ram.admit(&self.connection).map_err(cannot_open)?;
-        }
-        let regions = if let Mode::Open(_, share) = &self.mode { share.allowed() } else { 0 };
+        let regions = match &mut self.mode {
+            Mode::Open(ram, share) => {
+                *share = ram.admit(&self.connection).map_err(cannot_open)?;
+                share.allowed()
+            }
+            Mode::Sealed | Mode::Placing(_) => 0,
+        };
         self.notes.push_back(Note::Ring(ring.key().window(), regions));
         let inbox = Inbox::new(ring, plan.receive_bytes);
         self.queue = VecDeque::with_capacity(plan.send_slots);
