@@ -43,18 +43,7 @@ impl Assets {
     /// The same with the lab's generic kernel, whose guests have `net_failover` and a driver for e1000e NICs; the test
     /// kernel of `scripts/setup` has neither.
     pub fn find_failover() -> Result<Self, RigError> {
-        let qemu = Self::find_qemu()?;
-        let folder = cache_folder().join("lab");
-        let kernel = folder.join("vmlinuz");
-        let modules: Vec<PathBuf> =
-            FAILOVER_MODULES.iter().map(|name| folder.join(format!("modules/{name}.ko"))).collect();
-        if let Some(missing) = [&kernel].into_iter().chain(&modules).find(|file| !file.is_file()) {
-            return Err(RigError::Missing(format!(
-                "{} is missing: run 'scripts/lab setup', or set VMFERRY_CACHE to where it ran",
-                missing.display()
-            )));
-        }
-        Ok(Self { qemu, guest: GuestFiles { kernel, modules, init: find_init()? } })
+        Ok(Self { qemu: Self::find_qemu()?, guest: GuestFiles::find_generic(&FAILOVER_MODULES)? })
     }
 
     /// `$VMFERRY_QEMU`, or `qemu-system-x86_64` of the path.
@@ -82,20 +71,21 @@ impl GuestFiles {
         let modules = modules.filter(|path| path.is_file()).collect();
         Ok(Self { kernel, modules, init: find_init()? })
     }
-}
 
-impl GuestFiles {
-    /// With the lab's generic kernel and no modules. It finds its processors by the table that the micro-VM writes for it;
-    /// the test kernel of `scripts/setup` reads ACPI's only.
-    pub fn find_generic() -> Result<Self, RigError> {
-        let kernel = cache_folder().join("lab/vmlinuz");
-        if !kernel.is_file() {
+    /// With the lab's generic kernel and these of its modules. It finds its processors by the table that the micro-VM writes
+    /// for it, which the test kernel of `scripts/setup` does not read.
+    pub(crate) fn find_generic(modules: &[&str]) -> Result<Self, RigError> {
+        let folder = cache_folder().join("lab");
+        let kernel = folder.join("vmlinuz");
+        let modules: Vec<PathBuf> =
+            modules.iter().map(|name| folder.join(format!("modules/{name}.ko"))).collect();
+        if let Some(missing) = [&kernel].into_iter().chain(&modules).find(|file| !file.is_file()) {
             return Err(RigError::Missing(format!(
                 "{} is missing: run 'scripts/lab setup', or set VMFERRY_CACHE to where it ran",
-                kernel.display()
+                missing.display()
             )));
         }
-        Ok(Self { kernel, modules: Vec::new(), init: find_init()? })
+        Ok(Self { kernel, modules, init: find_init()? })
     }
 }
 

@@ -36,7 +36,7 @@ impl MicroVmGuest {
     /// A guest with `ram_bytes` of memory and one processor.
     pub fn new(ram_bytes: u64, plan: Plan) -> Result<Self, RigError> {
         let words = vec!["--ram".to_owned(), format!("{}KiB", ram_bytes / 1024)];
-        let files = GuestFiles::find_generic()?;
+        let files = GuestFiles::find_generic(&[])?;
         Ok(Self { files, directory: Arc::new(RigDirectory::create()?), plan, words, beat_port: true })
     }
 
