@@ -105,8 +105,7 @@ pub(crate) fn run(args: &DowntimeArgs, quick: bool, output: &mut Output) -> Resu
 
 fn one(traveller: &mut Traveller, ferry: &Ferry, plan: &FerryPlan, clock: Instant) -> Result<Move> {
     let (source, target) = traveller.ends()?;
-    let spec = |guest: &vmferry_rig::RunningGuest| format!("qemu:{}", guest.qmp_path().display());
-    let (from, to) = (spec(source), spec(target));
+    let (from, to) = (source.spec(), target.spec());
     let receiving = ferry.receive(&to, plan)?;
     let start = now();
     let report = ferry.send(&from, receiving, plan)?;

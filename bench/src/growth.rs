@@ -93,8 +93,7 @@ fn size(assets: &Assets, ferry: &Ferry, plan: &FerryPlan, ram_bytes: u64, moves:
     size.scan_ms = scans(traveller.here())?;
     for _ in 0..moves {
         let (source, target) = traveller.ends()?;
-        let spec = |guest: &RunningGuest| format!("qemu:{}", guest.qmp_path().display());
-        let (from, to) = (spec(source), spec(target));
+        let (from, to) = (source.spec(), target.spec());
         let receiving = ferry.receive(&to, plan)?;
         let start = now();
         let report = ferry.send(&from, receiving, plan)?;

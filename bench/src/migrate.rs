@@ -208,8 +208,7 @@ impl Bench<'_> {
             send_words: Vec::new(),
         };
         let (source, target) = self.traveller.ends()?;
-        let spec = |guest: &vmferry_rig::RunningGuest| format!("qemu:{}", guest.qmp_path().display());
-        let (from, to) = (spec(source), spec(target));
+        let (from, to) = (source.spec(), target.spec());
         let watch = cpu::Watch::begin([source.pid(), target.pid()]);
         let children = cpu::children_seconds();
         let receiving = ferry.receive(&to, &plan)?;

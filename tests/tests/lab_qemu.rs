@@ -33,15 +33,11 @@ fn recipe(words: &str) -> QemuGuest {
     guest.kvm().machine(MACHINE).kernel_arguments(&format!("{KERNEL_WORDS} {words}"))
 }
 
-fn spec(guest: &RunningGuest) -> String {
-    format!("qemu:{}", guest.qmp_path().display())
-}
-
 fn moved(source: &RunningGuest, target: &RunningGuest, more: &[&str]) -> (Done, Done) {
     let pki = Pki::new("127.0.0.1");
     let tls = ["--tls-dir", pki.path().to_str().unwrap()];
-    let (receiving, address) = receive(&spec(target), &[&tls[..], more].concat(), "");
-    let sent = send(&spec(source), &address, &[&tls[..], FORCE, &["--verify"]].concat(), "").done();
+    let (receiving, address) = receive(&target.spec(), &[&tls[..], more].concat(), "");
+    let sent = send(&source.spec(), &address, &[&tls[..], FORCE, &["--verify"]].concat(), "").done();
     let received = receiving.done();
     assert_eq!((sent.code(), received.code()), (0, 0), "send: {}\nreceive: {}", sent.stderr, received.stderr);
     assert_eq!(sent.report["verified"], true);

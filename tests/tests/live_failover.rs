@@ -76,9 +76,9 @@ impl Site {
         target: RunningGuest,
         receive_words: &[&str],
     ) -> (RunningGuest, Done, Done) {
-        let (receiving, address) = receive(&spec(&target), &[&self.tls(), receive_words].concat(), "");
+        let (receiving, address) = receive(&target.spec(), &[&self.tls(), receive_words].concat(), "");
         let words = [&self.tls()[..], &["--downtime-limit", "2s"], send_words].concat();
-        let sent = send(&spec(source), &address, &words, "").done();
+        let sent = send(&source.spec(), &address, &words, "").done();
         let received = receiving.done();
         assert_eq!(
             (sent.code(), received.code()),
@@ -94,10 +94,6 @@ impl Site {
 /// The options of a host's fast device.
 fn primary(name: &str) -> String {
     format!("e1000e,id=pri0,netdev={name}-primary,mac={MAC},failover_pair_id=net0,bus=rp1,bootindex=5")
-}
-
-fn spec(guest: &RunningGuest) -> String {
-    format!("qemu:{}", guest.qmp_path().display())
 }
 
 fn notes(done: &Done) -> String {
@@ -207,10 +203,10 @@ fn a_device_without_a_standby_is_given_one_for_the_move() {
 
     // A move that fails gives the device back and takes the standby away again.
     let target = site.host("b").await_incoming("b").unwrap();
-    let (receiving, address) = receive(&spec(&target), &site.tls(), "");
+    let (receiving, address) = receive(&target.spec(), &site.tls(), "");
     let proxy = Proxy::to(&address);
     let words = [&site.tls()[..], &["--downtime-limit", "2s"], &standby].concat();
-    let mut sending = send(&spec(&source), &proxy.address(), &words, "send:copy:300");
+    let mut sending = send(&source.spec(), &proxy.address(), &words, "send:copy:300");
     sending.wait_line("holding at");
     assert!(devices(&mut source).contains("net0") && !devices(&mut source).contains("pri0"));
     proxy.cut();
@@ -263,11 +259,11 @@ fn cancel_kill_and_cut_after_the_unplug_give_the_primary_back() {
         ("copy", "kill"),
     ] {
         let target = site.host("b").await_incoming("b").unwrap();
-        let (receiving, address) = receive(&spec(&target), &site.tls(), "");
+        let (receiving, address) = receive(&target.spec(), &site.tls(), "");
         let proxy = Proxy::to(&address);
         let ms = if blow == "kill" { 10_000 } else { 300 };
         let words = [&site.tls()[..], &["--downtime-limit", "2s"]].concat();
-        let mut sending = send(&spec(&source), &proxy.address(), &words, &format!("send:{phase}:{ms}"));
+        let mut sending = send(&source.spec(), &proxy.address(), &words, &format!("send:{phase}:{ms}"));
         sending.wait_line("holding at");
         assert!(!devices(&mut source).contains("pri0"), "{phase}: the primary is away");
         match blow {
@@ -301,9 +297,9 @@ fn a_guest_that_gives_nothing_up_is_left_as_it_was() {
     let mut source = site.boot("a");
     assert_eq!(source.console().ask("deaf").unwrap(), "2", "slots without their driver");
     let target = site.host("b").await_incoming("b").unwrap();
-    let (_receiving, address) = receive(&spec(&target), &site.tls(), "");
+    let (_receiving, address) = receive(&target.spec(), &site.tls(), "");
     let words = [&site.tls()[..], &["--unplug-timeout", "2s"]].concat();
-    let sent = send(&spec(&source), &address, &words, "").done();
+    let sent = send(&source.spec(), &address, &words, "").done();
     assert_eq!(sent.code(), 75, "{}", sent.stderr);
     for word in ["`pri0`", "asked 4 times", "acpiphp", "--unplug-timeout"] {
         assert!(sent.sentence().contains(word), "{word}: {}", sent.sentence());
@@ -313,8 +309,8 @@ fn a_guest_that_gives_nothing_up_is_left_as_it_was() {
 
     let words = [&site.tls()[..], &["--on-unplug-timeout", "wait", "--unplug-timeout", "1s"]].concat();
     let target = site.host("b").await_incoming("b").unwrap();
-    let (_receiving, address) = receive(&spec(&target), &site.tls(), "");
-    let sending = send(&spec(&source), &address, &words, "");
+    let (_receiving, address) = receive(&target.spec(), &site.tls(), "");
+    let sending = send(&source.spec(), &address, &words, "");
     std::thread::sleep(Duration::from_secs(4));
     sending.signal(Signal::SIGINT);
     let sent = sending.done();
@@ -329,12 +325,12 @@ fn what_does_not_fit_is_refused_before_the_first_page() {
     let site = Site::new(&assets, &[]);
     let mut source = site.boot("a");
     let target = site.host("b").await_incoming("b").unwrap();
-    let (_receiving, address) = receive(&spec(&target), &site.tls(), "");
+    let (_receiving, address) = receive(&target.spec(), &site.tls(), "");
     let off = [&site.tls()[..], &["--failover", "off"]].concat();
-    let sent = send(&spec(&source), &address, &off, "").done();
+    let sent = send(&source.spec(), &address, &off, "").done();
     assert_eq!((sent.code(), sent.sentence().contains("`pri0`")), (78, true), "{}", sent.stderr);
     source.qmp().execute("stop", Value::Null).unwrap();
-    let sent = send(&spec(&source), &address, &site.tls(), "").done();
+    let sent = send(&source.spec(), &address, &site.tls(), "").done();
     assert_eq!((sent.code(), sent.sentence().contains("is paused")), (78, true), "{}", sent.stderr);
     source.qmp().execute("cont", Value::Null).unwrap();
     assert_as_before(&site, &mut source, "refused");

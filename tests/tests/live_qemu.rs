@@ -24,10 +24,6 @@ fn plan(words: &str) -> Plan {
     words.parse().unwrap()
 }
 
-fn spec(guest: &RunningGuest) -> String {
-    format!("qemu:{}", guest.qmp_path().display())
-}
-
 fn tls(pki: &Pki) -> Vec<&str> {
     vec!["--tls-dir", pki.path().to_str().unwrap()]
 }
@@ -62,8 +58,8 @@ fn move_and_prove(
     #[expect(clippy::disallowed_methods, reason = "heart beats are stamped by this clock")]
     let since = Instant::now();
     let mut target = recipe.await_incoming(name).unwrap();
-    let (receiving, address) = receive(&spec(&target), &tls(pki), "");
-    let sent = send(&spec(source), &address, &[&tls(pki), more].concat(), "").done();
+    let (receiving, address) = receive(&target.spec(), &tls(pki), "");
+    let sent = send(&source.spec(), &address, &[&tls(pki), more].concat(), "").done();
     assert_moved(&sent, &receiving.done());
     assert_alive(&mut target);
     let handover = guest_gap(source.beats(), target.beats(), since).unwrap();
@@ -158,10 +154,10 @@ fn a_second_process_that_writes_the_guests_memory() {
     let words = format!("seed=9,pages={},set={},pattern=random,rate=20MiB,zero=100", top / 4096, top / 4096);
     let writer = SecondWriter::start(&source.memory_files()[0], first_page, &plan(&words)).unwrap();
     let mut target = recipe.await_incoming("b").unwrap();
-    let (receiving, address) = receive(&spec(&target), &tls(&pki), "");
+    let (receiving, address) = receive(&target.spec(), &tls(&pki), "");
     // A backend stops before its VMM does: hold the move between the last round of copying and the pause, stop it there.
     let words = [&tls(&pki)[..], &["--verify", "--downtime-limit", "2s"]].concat();
-    let mut sending = send(&spec(&source), &address, &words, "send:pause:1000");
+    let mut sending = send(&source.spec(), &address, &words, "send:pause:1000");
     sending.wait_line("holding at");
     let written = writer.stop().unwrap();
     assert_moved(&sending.done(), &receiving.done());
@@ -188,11 +184,11 @@ fn cancel_kill_and_cut_in_every_phase_leave_the_guest_running() {
                 continue;
             }
             let target = recipe.await_incoming("b").unwrap();
-            let (receiving, address) = receive(&spec(&target), &tls(&pki), "");
+            let (receiving, address) = receive(&target.spec(), &tls(&pki), "");
             let proxy = Proxy::to(&address);
             let ms = if blow == "kill" { 10_000 } else { 300 };
             let mut sending =
-                send(&spec(&source), &proxy.address(), &tls(&pki), &format!("send:{phase}:{ms}"));
+                send(&source.spec(), &proxy.address(), &tls(&pki), &format!("send:{phase}:{ms}"));
             sending.wait_line("holding at");
             match blow {
                 "cancel" => sending.signal(Signal::SIGINT),
@@ -207,8 +203,8 @@ fn cancel_kill_and_cut_in_every_phase_leave_the_guest_running() {
     }
     for phase in TARGET_PHASES {
         let target = recipe.await_incoming("b").unwrap();
-        let (mut receiving, address) = receive(&spec(&target), &tls(&pki), &format!("receive:{phase}:10000"));
-        let sending = send(&spec(&source), &address, &tls(&pki), "");
+        let (mut receiving, address) = receive(&target.spec(), &tls(&pki), &format!("receive:{phase}:10000"));
+        let sending = send(&source.spec(), &address, &tls(&pki), "");
         receiving.wait_line("holding at");
         receiving.signal(Signal::SIGKILL);
         let sent = sending.done();
@@ -235,8 +231,8 @@ fn a_target_that_does_not_fit_is_refused_before_the_first_page() {
     ];
     for (what, other) in &others {
         let target = other.await_incoming("b").unwrap();
-        let (_receiving, address) = receive(&spec(&target), &tls(&pki), "");
-        let sent = send(&spec(&source), &address, &tls(&pki), "").done();
+        let (_receiving, address) = receive(&target.spec(), &tls(&pki), "");
+        let sent = send(&source.spec(), &address, &tls(&pki), "").done();
         assert_eq!(sent.code(), 78, "{what}: {}", sent.stderr);
         assert!(sent.sentence().contains(what), "{what}: {}", sent.stderr);
         assert_eq!(sent.report["ram"]["wire_bytes"], 0);

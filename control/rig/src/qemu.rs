@@ -384,6 +384,12 @@ impl RunningGuest {
         &self.qmp_path
     }
 
+    /// What `--guest` takes.
+    #[must_use]
+    pub fn spec(&self) -> String {
+        format!("qemu:{}", self.qmp_path.display())
+    }
+
     /// The files that hold the guest's memory, a block each.
     #[must_use]
     pub fn memory_files(&self) -> &[PathBuf] {

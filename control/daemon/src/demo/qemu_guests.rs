@@ -47,9 +47,8 @@ impl Stage for QemuStage {
     fn move_once(&mut self, pki: &Path) -> Result<Moved, Failure> {
         self.moves += 1;
         let there = self.recipe.await_incoming(&format!("demo-{}", self.moves)).map_err(|e| rig(&e))?;
-        let spec = |guest: &RunningGuest| format!("qemu:{}", guest.qmp_path().display());
         let since = clock();
-        let mut moved = move_guest(pki, &spec(&self.here), &spec(&there))?;
+        let mut moved = move_guest(pki, &self.here.spec(), &there.spec())?;
         there
             .beats()
             .wait_since(since, BEAT_TIMEOUT)
