@@ -56,6 +56,8 @@ pub struct RoundReport {
     pub wire: ByteLen,
     /// From the first page queued to the last one flushed.
     pub sending: Duration,
+    /// A flush of lanes that carried nothing, before the first page of round 1; zero where none was measured.
+    pub empty_flush: Duration,
 }
 
 /// What the last round, in the blackout, did. `SourceSession::last_sent` takes it.

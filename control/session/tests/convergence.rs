@@ -118,7 +118,8 @@ impl Sim {
         } else {
             let cold = self.dice.time(truth.cold(since, self.slowed), 0.1).min(truth.working_set);
             let again = cold * cold / truth.working_set;
-            let sent = cold - again + (*held - truth.hot).max(0.0) * 0.5;
+            // What was held back and not written again is sent, with what is new.
+            let sent = cold - again + (*held - truth.hot - again).max(0.0);
             *held = truth.hot + again;
             (truth.hot + cold, sent)
         };
@@ -228,14 +229,16 @@ const FIERCE: Truth = Truth { working_set: 150_000.0, writes_per_ms: 2_000.0, ..
 
 #[test]
 fn a_fierce_guest_is_given_up_with_reason_and_remedy() {
-    let moved = Sim::new(FIERCE, 5).run(plan(100, OnNoConverge::Abort), &History::default());
-    let Next::GiveUp(why) = moved.end else { panic!("{:?}", moved.end) };
-    for word in
-        ["cannot fit 100 ms", "dirties", "carry", "hot", "--downtime-limit", "--on-no-converge throttle"]
-    {
-        assert!(why.contains(word), "{word:?} is missing: {why}");
+    for seed in 0..6 {
+        let moved = Sim::new(FIERCE, seed).run(plan(100, OnNoConverge::Abort), &History::default());
+        let Next::GiveUp(why) = moved.end else { panic!("{:?}", moved.end) };
+        for word in
+            ["cannot fit 100 ms", "dirties", "carry", "hot", "--downtime-limit", "--on-no-converge throttle"]
+        {
+            assert!(why.contains(word), "{word:?} is missing: {why}");
+        }
+        assert!(moved.rounds < 20, "{} rounds", moved.rounds);
     }
-    assert!(moved.rounds < 20, "{} rounds", moved.rounds);
 }
 
 #[test]
@@ -267,6 +270,42 @@ fn the_promised_limit_is_kept() {
     assert!(late.count() <= 10, "an upper bound of 95 % may be missed by 1 in 20");
 }
 
+/// A guest of 512 pages that hold data, all of them held back after the rounds.
+fn forecast_of_a_small_guest(flush_ms: u64, first_ms: u64, later: [(u64, u64); 3]) -> Forecast {
+    let mut predictor = Predictor::new(Priors::QEMU, &History::default());
+    let round = |round, sent, ms, empty_flush| RoundReport {
+        round,
+        since_last_scan: Duration::from_millis(if round == 1 { 0 } else { 300 }),
+        sent: PageCount(sent),
+        zero: PageCount(if round == 1 { sent - 512 } else { 0 }),
+        held: PageCount(if round == 1 { 0 } else { 512 }),
+        sending: Duration::from_millis(ms),
+        empty_flush: Duration::from_millis(empty_flush),
+        ..RoundReport::default()
+    };
+    predictor.observe(&round(1, 2048, first_ms, flush_ms));
+    for (number, (sent, ms)) in (2..).zip(later) {
+        predictor.observe(&round(number, sent, ms, 0));
+    }
+    predictor.forecast()
+}
+
+#[test]
+fn a_small_guest_on_a_slow_link_is_promised_no_short_blackout() {
+    // 256 pages a second; the later rounds are a few pages, as those of a guest that writes all of its pages always.
+    let forecast = forecast_of_a_small_guest(1, 2000, [(16, 62), (8, 31), (16, 62)]);
+    assert!(forecast.total.contains(2040.0), "{:?}", forecast.total);
+    assert!(forecast.total.p50_ms > 1000.0, "{:?}", forecast.total);
+}
+
+#[test]
+fn rounds_that_a_far_link_makes_long_say_nothing_of_its_rate() {
+    // 100 ms there and back, and 2500 pages a second.
+    let forecast = forecast_of_a_small_guest(100, 305, [(100, 140), (70, 128), (100, 140)]);
+    assert!(forecast.total.contains(345.0), "{:?}", forecast.total);
+    assert!(forecast.total.p50_ms < 1000.0, "{:?}", forecast.total);
+}
+
 fn any_report() -> impl Strategy<Value = RoundReport> {
     let pages = prop_oneof![Just(0_u64), 0..1_000_000_u64, Just(u64::MAX >> 12)];
     let ns = prop_oneof![Just(0_u64), 0..10_000_000_000_u64, Just(u64::MAX)];
@@ -282,6 +321,7 @@ fn any_report() -> impl Strategy<Value = RoundReport> {
         pinned: PageCount(p[4]),
         wire: ByteLen(p[1]),
         sending: Duration::from_nanos(ns[2]),
+        empty_flush: Duration::from_nanos(ns[1]),
     })
 }
 

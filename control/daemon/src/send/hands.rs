@@ -188,12 +188,19 @@ impl SourceHands {
             report.dirty = due.count();
         }
         let (send, zero) = self.without_holes(due)?;
+        let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
+        if round == 1 {
+            // What a round trip of the lanes takes, told apart from what their pages take.
+            let empty = clock();
+            if !sender.flush_while(go_on)? {
+                return Err(Stopped::Interrupted);
+            }
+            report.empty_flush = empty.elapsed();
+            self.devices = DevicePumps::start(self.guest.as_mut(), sender)?;
+        }
         let (wire_before, zero_before) = self.counted();
         let began = clock();
         let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
-        if round == 1 {
-            self.devices = DevicePumps::start(self.guest.as_mut(), sender)?;
-        }
         sender.send_zero(&zero)?;
         let sent = sender.send(&send, go_on)? && sender.flush_while(go_on)?;
         let sending = began.elapsed();

@@ -3,8 +3,10 @@
 //! Normal with unknown mean and variance (conjugate: normal-inverse-gamma); what is predicted for the next value is
 //! a Student t, whose tails stay heavy until enough was seen. Older observations fade, because hosts change.
 
-/// Weight of the prior's mean, in observations.
+/// Weight of the prior's mean, in observations …
 const PRIOR_MEAN_WEIGHT: f64 = 0.7;
+/// … and where one measurement tells more than any guess.
+const GUESS_MEAN_WEIGHT: f64 = 0.1;
 /// Degrees of freedom of the prior's variance, and the 95th percentile of a Student t with as many.
 const PRIOR_FREEDOM: f64 = 4.0;
 const PRIOR_T95: f64 = 2.132;
@@ -24,17 +26,34 @@ pub(super) struct Estimate {
     squares: f64,
     /// What an older observation is worth when a new one comes, 0 to 1.
     memory: f64,
+    /// What the prior's mean is worth.
+    mean_weight_min: f64,
 }
 
 impl Estimate {
     /// Believes p05 and p95; `memory` is what an observation is worth after the next one, 1 to keep all.
-    pub(super) fn from_interval((p05, p95): (f64, f64), memory: f64) -> Self {
+    pub(super) fn from_interval(interval: (f64, f64), memory: f64) -> Self {
+        Self::prior(interval, memory, PRIOR_MEAN_WEIGHT)
+    }
+
+    /// The same for what differs between hosts by factors of a thousand: the first measurement takes its place.
+    pub(super) fn from_guess(interval: (f64, f64), memory: f64) -> Self {
+        Self::prior(interval, memory, GUESS_MEAN_WEIGHT)
+    }
+
+    fn prior((p05, p95): (f64, f64), memory: f64, mean_weight: f64) -> Self {
         let (low, high) = (ln(p05), ln(p95));
-        let mean_weight = PRIOR_MEAN_WEIGHT;
         let scale = (high - low).abs() / (2.0 * PRIOR_T95);
         // scale² = squares / freedom · (mean_weight + 1) / mean_weight, solved for squares
         let squares = scale * scale * PRIOR_FREEDOM * mean_weight / (mean_weight + 1.0);
-        Self { mean: low.midpoint(high), mean_weight, freedom: PRIOR_FREEDOM, squares, memory }
+        Self {
+            mean: low.midpoint(high),
+            mean_weight,
+            freedom: PRIOR_FREEDOM,
+            squares,
+            memory,
+            mean_weight_min: mean_weight,
+        }
     }
 
     /// One more was measured, in this move.
@@ -64,7 +83,7 @@ impl Estimate {
     /// Older observations lose weight, down to that of the prior; the variance they showed is kept.
     fn fade(&mut self) {
         let variance = self.squares / self.freedom;
-        self.mean_weight = (self.mean_weight * self.memory).max(PRIOR_MEAN_WEIGHT);
+        self.mean_weight = (self.mean_weight * self.memory).max(self.mean_weight_min);
         self.freedom = (self.freedom * self.memory).max(PRIOR_FREEDOM);
         self.squares = variance * self.freedom;
     }

@@ -13,8 +13,14 @@ use super::{DeviceForecast, Forecast, History, Priors, SaveOrder, Term};
 use crate::converge::RoundReport;
 use crate::devices::DeviceReport;
 
-/// A rate is learned from rounds of at least this many pages; smaller ones measure latency.
+/// A rate is learned from rounds of at least this many pages; smaller ones measure latency …
 const RATE_PAGES_MIN: f64 = 1024.0;
+/// … unless they take so many times what a flush may take: then the link is slow, and a small guest's only rounds tell.
+const RATE_FLUSHES_MIN: f64 = 4.0;
+/// Fewer pages than this are a round trip, however long it takes.
+const RATE_PAGES_LEAST: f64 = 64.0;
+/// The deviate of what a flush may take: its p95.
+const Z_P95: f64 = 1.645;
 /// Milliseconds a page: 4 KiB at 5 GB/s and at 0.2 GB/s.
 const PAGE_MS: (f64, f64) = (0.0008, 0.02);
 /// Milliseconds to get even one page across: a wake-up a lane, and a flush.
@@ -84,7 +90,7 @@ impl Predictor {
         Self {
             save_order: priors.save_order,
             terms,
-            page_ms: Estimate::from_interval(PAGE_MS, ROUND_MEMORY),
+            page_ms: Estimate::from_guess(PAGE_MS, ROUND_MEMORY),
             flush_ms: Estimate::from_interval(FLUSH_MS, ROUND_MEMORY),
             pages_error,
             residue: Residue::new(),
@@ -125,10 +131,12 @@ impl Predictor {
 
     /// Round 1 is full of zero pages, which cost a bit; later rounds have the mix that the last one will have.
     fn observe_rate(&mut self, report: &RoundReport) {
+        self.flush_ms.observe(report.empty_flush.as_secs_f64() * 1e3);
         let free = if report.round <= 1 { report.zero.0 } else { 0 };
         let pages = count(report.sent.0.saturating_sub(free));
         let ms = report.sending.as_secs_f64() * 1e3;
-        if pages >= RATE_PAGES_MIN {
+        let slow = pages >= RATE_PAGES_LEAST && ms >= RATE_FLUSHES_MIN * self.flush_ms.at(Z_P95);
+        if pages >= RATE_PAGES_MIN || slow {
             self.page_ms.observe(ms / pages);
         } else if pages > 0.0 {
             self.flush_ms.observe((ms - pages * self.page_ms.median()).max(0.02));
