@@ -154,11 +154,12 @@ fn comes(is_so: impl Fn() -> bool) -> bool {
 #[test]
 fn a_guest_that_was_slowed_down_is_not_when_its_sender_is_killed() {
     let (mut source, target) = pair("bitmap");
-    // Its pages take two seconds, and it writes all of them all the time.
-    let words =
-        [PLAIN[0], "--bandwidth", "1MiB", "--downtime-limit", "500ms", "--on-no-converge", "throttle"];
+    // It writes all of its two megabytes all the time, and they take two seconds.
+    let words = [PLAIN[0], "--downtime-limit", "500ms", "--on-no-converge", "throttle"];
     let (receiving, address) = receive(&target.spec(), &PLAIN, "");
-    let mut sending = send(&source.spec(), &address, &words, "");
+    let proxy = Proxy::to(&address);
+    proxy.slow_down(1 << 20);
+    let mut sending = send(&source.spec(), &proxy.address(), &words, "");
     println!("\nlab: {}", sending.wait_line("the guest is slowed down by"));
     // It is said before it is done.
     assert!(comes(|| brake(&source).is_dir()), "no brake at {}", brake(&source).display());
