@@ -5,53 +5,24 @@
 
 #![expect(clippy::unwrap_used, reason = "a test: a panic is its failure")]
 
+mod facts;
+
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use vmferry_datapath::{ByteLen, RamBlock, RamLayout};
+use facts::{ATTEMPT, offer, terms};
 use vmferry_session::source::SourceState;
 use vmferry_session::target::TargetState;
 use vmferry_session::*;
 
 const EARLY: Duration = Duration::ZERO;
 const LATE: Duration = Duration::from_secs(3600);
-const ATTEMPT: AttemptId = AttemptId::from_bytes([7; 16]);
 const STRANGER: AttemptId = AttemptId::from_bytes([9; 16]);
 
 fn limits() -> Limits {
     Limits { whole: Some(Duration::from_secs(600)), ..Limits::DEFAULT }
-}
-
-fn guest() -> GuestFacts {
-    let block = RamBlock { name: "ram".into(), len: ByteLen(1 << 20), page_bytes: 4096 };
-    let layout = RamLayout::new(vec![block]).unwrap();
-    GuestFacts { kind: "process".into(), name: "a".into(), facts: BTreeMap::new(), layout }
-}
-
-fn offer() -> Offer {
-    Offer {
-        transports: vec![LaneTransport::Tcp],
-        attempt: ATTEMPT,
-        versions: vec![VERSION],
-        ciphers: vec![CipherSuite::Aes256Gcm],
-        compressions: vec![],
-        lanes: 2,
-        verify: false,
-        guest: guest(),
-    }
-}
-
-fn terms() -> TargetTerms {
-    TargetTerms {
-        transports: vec![LaneTransport::Tcp],
-        versions: vec![VERSION],
-        ciphers: vec![CipherSuite::Aes256Gcm],
-        compressions: vec![],
-        lanes_max: 8,
-        guest: guest(),
-    }
 }
 
 fn agreement() -> Agreement {

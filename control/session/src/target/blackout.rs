@@ -184,7 +184,7 @@ impl Ready {
         match message {
             Message::Commit => self.run(),
             Message::Ask { attempt } if attempt == self.common.attempt => self.run(),
-            Message::Abort(reason) => Discarding::enter(self.common, SessionError::PeerEnded(reason)),
+            Message::Abort(reason) => Discarding::called_off(self.common, SessionError::PeerEnded(reason)),
             Message::Ping(number) => {
                 (TargetState::Ready(self), vec![TargetAction::Send(Message::Pong(number))])
             }

@@ -28,7 +28,7 @@ pub struct Discarding {
 /// Who may ask how a discarded move ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asker {
-    /// Ready was never sent, so the source's guest was never sealed.
+    /// Ready was never sent, so the source's guest was never sealed; or the source called the move off itself.
     Nobody,
     /// The source may be in doubt.
     Source,
@@ -130,7 +130,15 @@ impl Discarding {
         (TargetState::Discarding(Self { common, cause, asker: Asker::Source }), vec![TargetAction::Discard])
     }
 
-    pub(super) fn on(self, event: &TargetEvent, now: Duration) -> Step {
+    /// The same when the source called the move off: it has its guest, and asks nothing any more.
+    pub(super) fn called_off(common: Common, cause: SessionError) -> Step {
+        (TargetState::Discarding(Self { common, cause, asker: Asker::Nobody }), vec![TargetAction::Discard])
+    }
+
+    pub(super) fn on(mut self, event: &TargetEvent, now: Duration) -> Step {
+        if matches!(event, TargetEvent::Message(Message::Abort(_))) {
+            self.asker = Asker::Nobody;
+        }
         if *event != TargetEvent::Discarded {
             // A Commit or an Ask that comes now is answered below: the connection it came on is the newest.
             return (TargetState::Discarding(self), Vec::new());
