@@ -5,6 +5,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test: a panic is its failure")]
 
+#[path = "shared/facts.rs"]
 mod facts;
 
 use std::collections::BTreeMap;

@@ -14,10 +14,10 @@ use crate::image::LabFiles;
 use crate::{clock, host_error};
 
 const RAM_MIB: u32 = 2048;
-/// One: of two emulated CPUs, one loses interrupts that the other sends while it enters a nested guest (QEMU's `VMRUN` sets
-/// its own interrupt flag without the lock that the other takes, up to 10.0 at least). Then an injected interrupt comes
-/// twice, into a handler's first instruction: of 80 moves of a guest with two virtual CPUs, 4 ended in a guest or a host that
-/// was wrecked, and of 120 with one CPU none. Two hosts on two cores are faster so, too.
+/// One. With two, 4 of 80 moves of a guest with two virtual CPUs ended in a guest or a host that was wrecked; with one, none
+/// of 120. The likely cause is in the emulator (QEMU 10.0): its `VMRUN` sets an interrupt flag without the lock that the other
+/// CPU takes for its own, and what is lost or comes twice there hits a nested guest in a handler's first instruction. Two
+/// hosts on two cores are faster so, too.
 const CPUS: u32 = 1;
 /// The nvme's size in blocks whose every word says where it is.
 const NVME_BLOCKS: u64 = (4 << 20) / DISK_BLOCK_BYTES as u64;
