@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use vmferry_rig::{Assets, DISK_BLOCK_BYTES, RigError, create_disk};
 
 use crate::image::LabFiles;
+use crate::pulse::Pulse;
 use crate::{clock, host_error};
 
 const RAM_MIB: u32 = 2048;
 /// One. With two, 4 of 80 moves of a guest with two virtual CPUs ended in a guest or a host that was wrecked; with one, none
-/// of 120. The likely cause is in the emulator (QEMU 10.0): its `VMRUN` sets an interrupt flag without the lock that the other
-/// CPU takes for its own, and what is lost or comes twice there hits a nested guest in a handler's first instruction. Two
-/// hosts on two cores are faster so, too.
+/// of 120. What one CPU does to the other while that enters a nested guest is most likely what [`Pulse`] tells of. Two hosts
+/// on two cores are faster so, too.
 const CPUS: u32 = 1;
 /// The nvme's size in blocks whose every word says where it is.
 const NVME_BLOCKS: u64 = (4 << 20) / DISK_BLOCK_BYTES as u64;
@@ -52,6 +52,7 @@ pub(crate) struct LabHost {
     read: u64,
     part: String,
     heard_at: Instant,
+    _pulse: Pulse,
 }
 
 impl LabHost {
@@ -106,7 +107,9 @@ impl LabHost {
             File::create(file("errors")).map_err(|source| host_error("cannot write a log", source))?;
         let child = command.arg("-serial").arg(format!("file:{}", results.display())).stderr(errors).spawn();
         let child = child.map_err(|source| host_error("cannot start QEMU", source))?;
-        Ok(LabHost { name, child, results, console, read: 0, part: String::new(), heard_at: clock() })
+        let pulse = Pulse::into(&lan(name, folder))?;
+        let (read, part, heard_at) = (0, String::new(), clock());
+        Ok(LabHost { name, child, results, console, read, part, heard_at, _pulse: pulse })
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -165,16 +168,19 @@ impl Drop for LabHost {
     }
 }
 
-/// The network between the two hosts: a datagram socket each.
+/// A host's end of the network between the two: a datagram socket.
+fn lan(name: &str, folder: &Path) -> PathBuf {
+    folder.join(format!("{name}.lan"))
+}
+
 fn network(name: &str, folder: &Path) -> [String; 4] {
     let (other, number) = if name == "a" { ("b", 1) } else { ("a", 2) };
-    let path = |name: &str| folder.join(format!("{name}.lan")).display().to_string();
     [
         "-netdev".to_owned(),
         format!(
             "dgram,id=lan,local.type=unix,local.path={},remote.type=unix,remote.path={}",
-            path(name),
-            path(other)
+            lan(name, folder).display(),
+            lan(other, folder).display()
         ),
         "-device".to_owned(),
         format!("virtio-net-pci,netdev=lan,mac=52:54:00:78:00:0{number}"),

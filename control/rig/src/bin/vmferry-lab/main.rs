@@ -10,6 +10,7 @@
 mod host;
 mod image;
 mod plan;
+mod pulse;
 mod results;
 mod tests;
 
