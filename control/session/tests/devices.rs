@@ -2,6 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test: a panic is its failure")]
 
+#[path = "shared/facts.rs"]
+mod facts;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -123,27 +126,11 @@ fn guest(devices: &[&str]) -> GuestFacts {
 }
 
 fn offer(guest: GuestFacts, versions: Vec<u16>) -> Offer {
-    Offer {
-        attempt: AttemptId::from_bytes([1; 16]),
-        versions,
-        ciphers: vec![CipherSuite::Aes256Gcm],
-        compressions: vec![CompressionMode::Off],
-        lanes: 1,
-        transports: vec![LaneTransport::Tcp],
-        verify: false,
-        guest,
-    }
+    Offer { versions, guest, ..facts::offer() }
 }
 
 fn terms(guest: GuestFacts, versions: Vec<u16>) -> TargetTerms {
-    TargetTerms {
-        versions,
-        ciphers: vec![CipherSuite::Aes256Gcm],
-        compressions: vec![CompressionMode::Off],
-        lanes_max: 1,
-        transports: vec![LaneTransport::Tcp],
-        guest,
-    }
+    TargetTerms { versions, guest, ..facts::terms() }
 }
 
 /// As a peer of version 1 states it: it knows nothing of devices.

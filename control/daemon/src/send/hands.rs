@@ -179,28 +179,28 @@ impl SourceHands {
         now: Duration,
         go_on: &mut dyn FnMut() -> bool,
     ) -> Result<RoundReport, Stopped> {
+        let empty_flush = if round == 1 { self.flush_empty(go_on)? } else { Duration::ZERO };
         let since_last_scan = self.scanned_at.map_or(Duration::ZERO, |at| at.elapsed());
         let (dirty, scan) = self.scan_or_all(now);
-        let mut report =
-            RoundReport { round, since_last_scan, scan, dirty: dirty.count(), ..RoundReport::default() };
+        let mut report = RoundReport {
+            round,
+            since_last_scan,
+            scan,
+            dirty: dirty.count(),
+            empty_flush,
+            ..RoundReport::default()
+        };
         let due = if round == 1 { PageSet::full(self.ram.layout()) } else { self.ledger.advance(dirty) };
         if round == 1 {
             report.dirty = due.count();
         }
         let (send, zero) = self.without_holes(due)?;
-        let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
-        if round == 1 {
-            // What a round trip of the lanes takes, told apart from what their pages take.
-            let empty = clock();
-            if !sender.flush_while(go_on)? {
-                return Err(Stopped::Interrupted);
-            }
-            report.empty_flush = empty.elapsed();
-            self.devices = DevicePumps::start(self.guest.as_mut(), sender)?;
-        }
         let (wire_before, zero_before) = self.counted();
         let began = clock();
         let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
+        if round == 1 {
+            self.devices = DevicePumps::start(self.guest.as_mut(), sender)?;
+        }
         sender.send_zero(&zero)?;
         let sent = sender.send(&send, go_on)? && sender.flush_while(go_on)?;
         let sending = began.elapsed();
@@ -217,6 +217,14 @@ impl SourceHands {
         report.wire = ByteLen(wire - wire_before);
         report.zero = PageCount(zero - zero_before);
         Ok(report)
+    }
+
+    /// A round trip of lanes that carry nothing yet, told apart from what their pages will take. Before the first scan, so
+    /// that nothing is on its way when it is interrupted.
+    fn flush_empty(&mut self, go_on: &mut dyn FnMut() -> bool) -> Result<Duration, Stopped> {
+        let began = clock();
+        let sender = self.sender.as_mut().ok_or_else(no_lanes)?;
+        if sender.flush_while(go_on)? { Ok(began.elapsed()) } else { Err(Stopped::Interrupted) }
     }
 
     /// Of pages that are due, those that hold data, and those that are holes: zero, and not to be read, because a read

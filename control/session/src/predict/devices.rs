@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use vmferry_datapath::{ByteLen, PAGE_BYTES};
 
-use super::estimate::Estimate;
+use super::estimate::{Estimate, Z95};
 use super::{History, Interval};
 use crate::devices::DeviceReport;
 
@@ -13,8 +13,6 @@ use crate::devices::DeviceReport;
 const LOAD_MS: (f64, f64) = (0.05, 30.0);
 /// What a load's observation is worth after the next one.
 const LOAD_MEMORY: f64 = 0.97;
-/// The 95th percentile of a normal deviate: where `at_most` is put when a state's size is drawn.
-const Z95: f64 = 1.645;
 
 /// A state that is smaller and quicker than this is not worth an operator's time.
 const TOLD_BYTES: u64 = 1 << 20;
@@ -100,6 +98,7 @@ impl Devices {
                 return DeviceDraw { pinned, ..DeviceDraw::default() };
             }
             let (expected, at_most) = (count(device.expected.0), count(device.at_most.0));
+            // `at_most` is the p95.
             let spread = (at_most - expected).max(expected * 0.05) / Z95;
             let bytes = (expected + spread * normal()).max(0.0);
             let load = self.loads.get(&device.name).copied().unwrap_or_else(unknown_load);

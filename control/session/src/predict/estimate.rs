@@ -10,6 +10,8 @@ const GUESS_MEAN_WEIGHT: f64 = 0.1;
 /// Degrees of freedom of the prior's variance, and the 95th percentile of a Student t with as many.
 const PRIOR_FREEDOM: f64 = 4.0;
 const PRIOR_T95: f64 = 2.132;
+/// The 95th percentile of a normal deviate.
+pub(super) const Z95: f64 = 1.645;
 /// An observation further off counts as this far off (Huber's bound), in scales of what was predicted.
 const OUTLIER_SCALES: f64 = 3.0;
 /// However narrow the belief, an observation off by this factor counts in full: a host that changed is learned soon.
@@ -120,8 +122,6 @@ fn student(z: f64, freedom: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const Z95: f64 = 1.645;
 
     #[test]
     fn a_prior_gives_back_its_interval() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::calibrate::Calibration;
 use super::devices::{DeviceDraw, Devices};
-use super::estimate::Estimate;
+use super::estimate::{Estimate, Z95};
 use super::residue::Residue;
 use super::sample::{Deviates, SAMPLES, interval};
 use vmferry_datapath::ByteLen;
@@ -16,11 +16,9 @@ use crate::devices::DeviceReport;
 /// A rate is learned from rounds of at least this many pages; smaller ones measure latency …
 const RATE_PAGES_MIN: f64 = 1024.0;
 /// … unless they take so many times what a flush may take: then the link is slow, and a small guest's only rounds tell.
-const RATE_FLUSHES_MIN: f64 = 4.0;
+const SLOW_FLUSHES_MIN: f64 = 4.0;
 /// Fewer pages than this are a round trip, however long it takes.
-const RATE_PAGES_LEAST: f64 = 64.0;
-/// The deviate of what a flush may take: its p95.
-const Z_P95: f64 = 1.645;
+const SLOW_PAGES_MIN: f64 = 64.0;
 /// Milliseconds a page: 4 KiB at 5 GB/s and at 0.2 GB/s.
 const PAGE_MS: (f64, f64) = (0.0008, 0.02);
 /// Milliseconds to get even one page across: a wake-up a lane, and a flush.
@@ -135,7 +133,7 @@ impl Predictor {
         let free = if report.round <= 1 { report.zero.0 } else { 0 };
         let pages = count(report.sent.0.saturating_sub(free));
         let ms = report.sending.as_secs_f64() * 1e3;
-        let slow = pages >= RATE_PAGES_LEAST && ms >= RATE_FLUSHES_MIN * self.flush_ms.at(Z_P95);
+        let slow = pages >= SLOW_PAGES_MIN && ms >= SLOW_FLUSHES_MIN * self.flush_ms.at(Z95);
         if pages >= RATE_PAGES_MIN || slow {
             self.page_ms.observe(ms / pages);
         } else if pages > 0.0 {

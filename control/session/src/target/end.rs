@@ -110,27 +110,27 @@ pub(super) fn unwind(common: Common, in_flight: Option<TargetWork>, cause: Sessi
         actions.insert(0, TargetAction::Interrupt);
         return (TargetState::Unwinding(Unwinding { common, in_flight, cause }), actions);
     }
-    actions.push(TargetAction::Discard);
-    (TargetState::Discarding(Discarding { common, cause, asker: Asker::Nobody }), actions)
+    let (state, discard) = Discarding::called_off(common, cause);
+    actions.extend(discard);
+    (state, actions)
 }
 
 impl Unwinding {
     pub(super) fn on(self, event: &TargetEvent) -> Step {
         if event.answers() == Some(self.in_flight) {
-            let next = Discarding { common: self.common, cause: self.cause, asker: Asker::Nobody };
-            return (TargetState::Discarding(next), vec![TargetAction::Discard]);
+            return Discarding::called_off(self.common, self.cause);
         }
         (TargetState::Unwinding(self), Vec::new())
     }
 }
 
 impl Discarding {
-    /// From Ready on.
+    /// From Ready on, when this side ends the move: the source does not know that yet.
     pub(super) fn enter(common: Common, cause: SessionError) -> Step {
         (TargetState::Discarding(Self { common, cause, asker: Asker::Source }), vec![TargetAction::Discard])
     }
 
-    /// The same when the source called the move off: it has its guest, and asks nothing any more.
+    /// Before Ready, or when the source called the move off: it has its guest, and asks nothing any more.
     pub(super) fn called_off(common: Common, cause: SessionError) -> Step {
         (TargetState::Discarding(Self { common, cause, asker: Asker::Nobody }), vec![TargetAction::Discard])
     }

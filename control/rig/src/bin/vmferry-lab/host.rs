@@ -16,7 +16,7 @@ use crate::{clock, host_error};
 
 const RAM_MIB: u32 = 2048;
 /// One. With two, 4 of 80 moves of a guest with two virtual CPUs ended in a guest or a host that was wrecked; with one, none
-/// of 120. What one CPU does to the other while that enters a nested guest is most likely what [`Pulse`] tells of. Two hosts
+/// of 170. What one CPU does to the other while that enters a nested guest is most likely what [`Pulse`] tells of. Two hosts
 /// on two cores are faster so, too.
 const CPUS: u32 = 1;
 /// The nvme's size in blocks whose every word says where it is.
@@ -108,8 +108,16 @@ impl LabHost {
         let child = command.arg("-serial").arg(format!("file:{}", results.display())).stderr(errors).spawn();
         let child = child.map_err(|source| host_error("cannot start QEMU", source))?;
         let pulse = Pulse::into(&lan(name, folder))?;
-        let (read, part, heard_at) = (0, String::new(), clock());
-        Ok(LabHost { name, child, results, console, read, part, heard_at, _pulse: pulse })
+        Ok(LabHost {
+            name,
+            child,
+            results,
+            console,
+            read: 0,
+            part: String::new(),
+            heard_at: clock(),
+            _pulse: pulse,
+        })
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -168,11 +176,12 @@ impl Drop for LabHost {
     }
 }
 
-/// A host's end of the network between the two: a datagram socket.
+/// A host's end of that network: a datagram socket.
 fn lan(name: &str, folder: &Path) -> PathBuf {
     folder.join(format!("{name}.lan"))
 }
 
+/// The network between the two hosts.
 fn network(name: &str, folder: &Path) -> [String; 4] {
     let (other, number) = if name == "a" { ("b", 1) } else { ("a", 2) };
     [
