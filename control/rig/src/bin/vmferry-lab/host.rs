@@ -103,11 +103,12 @@ impl LabHost {
                 .stdin(Stdio::null())
                 .stdout(Stdio::null()),
         };
+        // Before QEMU: what fails from here on leaves no process behind.
+        let pulse = Pulse::into(&lan(name, folder))?;
         let errors =
             File::create(file("errors")).map_err(|source| host_error("cannot write a log", source))?;
         let child = command.arg("-serial").arg(format!("file:{}", results.display())).stderr(errors).spawn();
         let child = child.map_err(|source| host_error("cannot start QEMU", source))?;
-        let pulse = Pulse::into(&lan(name, folder))?;
         Ok(LabHost {
             name,
             child,
